@@ -135,11 +135,9 @@ def _sync(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for numpy scalars and arrays, torch scalars and paths."""
-    for method in ("item", "tolist"):
-        if hasattr(value, method) and (method == "tolist" or getattr(value, "size", 1) in (1,) or callable(getattr(value, "numel", None))):
-            with contextlib.suppress(ValueError, RuntimeError):
-                return getattr(value, method)()
+    """JSON for paths, numpy and torch values."""
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} is no JSON")

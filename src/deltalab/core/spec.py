@@ -7,12 +7,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import pydantic
 import yaml
 
 from deltalab.core.errors import UserError, nearest
+
+
+S = TypeVar("S", bound="Spec")
 
 
 class Spec(pydantic.BaseModel):
@@ -38,7 +41,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def build[S: Spec](cls: type[S], values: Any, origin: str = "spec") -> S:
+def build(cls: type[S], values: Any, origin: str = "spec") -> S:
     """`cls(**values)`, with every fault in one `UserError`: where it is, what was given, the nearest key."""
     if not isinstance(values, dict):
         raise UserError(f"{origin} is no mapping of keys to values.", found=type(values).__name__,
@@ -50,7 +53,7 @@ def build[S: Spec](cls: type[S], values: Any, origin: str = "spec") -> S:
         raise UserError(f"{origin} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(faults)) from None
 
 
-def load_spec[S: Spec](cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read `cls` from a YAML file, apply `a.b=value` overrides (values are YAML), and validate."""
     return build(cls, override(read_yaml(path), overrides), str(path))
 

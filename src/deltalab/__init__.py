@@ -1,0 +1,32 @@
+"""deltalab: fine-tune a language model with a small delta, and measure what it costs and what it moves.
+
+Public names are loaded when they are first used, so `import deltalab` does not import torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "deltalab.core.errors": ["UserError"],
+    "deltalab.models.load": ["load"],
+    "deltalab.models.generate": ["generate"],
+    "deltalab.deltas": ["LoRA", "Train"],
+    "deltalab.deltas.adapt": ["adapt", "trainable", "delta_weight", "disabled", "merged", "unload"],
+    "deltalab.deltas.peft_format": ["save_adapter", "load_adapter"],
+    "deltalab.deltas.select": ["select"],
+    "deltalab.train": ["train"],
+}
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'deltalab' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
