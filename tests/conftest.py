@@ -29,6 +29,8 @@ if "DELTALAB_UNCHECKED" not in os.environ:
     assert "deltalab" not in sys.modules, "deltalab was imported before its shapes could be checked"
     import jaxtyping
 
+    import tests.checking  # the hook names it, and does not import it
+
     jaxtyping.install_import_hook("deltalab", "tests.checking.check")
 
 import numpy as np
