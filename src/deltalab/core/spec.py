@@ -3,25 +3,29 @@
 A spec is a value: equal specs have equal hashes, and a record keeps the spec that it came from.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 import pydantic
-import yaml
 
 from deltalab.core.errors import UserError, nearest
-
+from deltalab.core.faults import describe
+from deltalab.core.yaml_text import YAMLError, parse
 
 S = TypeVar("S", bound="Spec")
 
 
 class Spec(pydantic.BaseModel):
-    """Base of every spec: immutable, unknown keys refused, `alpha: 16` accepted for floats but `"16"` is not."""
+    """Base of every spec: immutable and hashable, unknown keys refused.
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
+    From files and overrides (`build`), types are strict: `alpha: 16` is a float, `alpha: "16"` is a fault.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     def plain(self) -> dict[str, Any]:
         """The spec as JSON types, defaults included."""
@@ -35,6 +39,9 @@ class Spec(pydantic.BaseModel):
         """A copy with fields replaced, validated again."""
         return build(type(self), {**self.plain(), **changes})
 
+    def __hash__(self) -> int:
+        return hash((type(self), self.digest()))  # by value: a field may be a list
+
 
 def digest(value: Any) -> str:
     """Twelve hex digits of the SHA-256 of a JSON value, independent of key order."""
@@ -42,14 +49,18 @@ def digest(value: Any) -> str:
 
 
 def build(cls: type[S], values: Any, origin: str = "spec") -> S:
-    """`cls(**values)`, with every fault in one `UserError`: where it is, what was given, the nearest key."""
+    """`cls(**values)`, with every fault in one `UserError`: where it is, what was given, the nearest key.
+
+    values: a mapping of JSON types, specs and paths. They pass through JSON, where a list may be a tuple and a string
+    a path, and nothing else is converted.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{origin} is no mapping of keys to values.", found=type(values).__name__,
                         next=f"start from: {', '.join(cls.model_fields)}")  # fmt: skip
     try:
-        return cls.model_validate(values)
+        return cls.model_validate_json(json.dumps(values, default=_plain), strict=True)
     except pydantic.ValidationError as error:
-        faults = [_fault(cls, fault) for fault in error.errors()]
+        faults = describe(cls, error)
         raise UserError(f"{origin} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(faults)) from None
 
 
@@ -59,77 +70,70 @@ def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> 
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises: UserError if the file is missing, is no YAML, or holds something else than a mapping.
+    Raises: UserError if the file is missing, unreadable, no YAML, or holds something else than a mapping.
     """
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         there = sorted(p.name for p in folder.glob("*.y*ml"))
-        raise UserError(f"spec file '{path}' does not exist.", found=f"in {folder.resolve()}: {', '.join(there) or 'no YAML file'}",
-                        nearest=nearest(path.name, there))  # fmt: skip
+        raise UserError(f"spec file '{path}' {'is a folder' if path.is_dir() else 'does not exist'}.",
+                        found=f"in {folder.resolve()}: {', '.join(there) or 'no YAML file'}", nearest=nearest(path.name, there))  # fmt: skip
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
         raise UserError(f"spec file '{path}' is no valid YAML.", found=" ".join(str(error).split())) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"spec file '{path}' cannot be read.", found=str(error)) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"spec file '{path}' holds no mapping.", found=type(values).__name__)
+        raise UserError(f"spec file '{path}' holds no mapping of keys to values.", found=type(values).__name__)
     return values
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=value` set; the value is read as YAML, so `r=8` is a number."""
-    out = json.loads(json.dumps(values, default=str))
+    """A copy of `values` with each `a.b=value` set; the value is read as YAML, so `r=8` is a number.
+
+    A part of the key may be an index of a list, `adapt.0.r=8`; a list of one needs none, `adapt.r=8`.
+    """
+    out = copy.deepcopy(values)
     for item in overrides:
         key, sign, text = item.partition("=")
-        if not sign or not key:
-            raise UserError(f"override '{item}' is no key=value.", next="for example: train.steps=200 adapt.r=8")
+        parts = key.split(".")
+        if not sign or not all(parts):
+            raise UserError(f"override '{item}' is no key=value.", next="for example: optim.steps=200 adapt.0.r=8")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse(text)
+        except YAMLError as error:
             raise UserError(f"override '{item}': the value is no YAML.", found=" ".join(str(error).split())) from None
-        where, *rest = key.split(".")[::-1]
-        node = out
-        for part in reversed(rest):
-            child = node.get(part)
-            if child is None:
-                child = node[part] = {}
-            if not isinstance(child, dict):
-                raise UserError(f"override '{item}': '{part}' holds {child!r}, which has no key '{where}'.")
-            node = child
-        node[where] = value
+        _set(out, parts, value, item)
     return out
 
 
-def _fault(cls: type[pydantic.BaseModel], fault: Any) -> str:
-    """One line for one pydantic fault, with a suggestion for an unknown key."""
-    where = ".".join(str(part) for part in fault["loc"]) or cls.__name__
-    if fault["type"] == "extra_forbidden":
-        options = _fields_at(cls, fault["loc"][:-1])
-        near = nearest(str(fault["loc"][-1]), options)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(options)}"
-        return f"  {where}: unknown key; {hint}"
-    given = fault.get("input")
-    shown = "" if fault["type"] == "missing" else f" (got {given!r})"
-    return f"  {where}: {fault['msg'].lower()}{shown}"
+def _set(node: Any, parts: list[str], value: Any, item: str) -> None:
+    """Set `node[parts[0]][parts[1]]… = value`, making the mappings in between that are not there."""
+    first, rest = parts[0], parts[1:]
+    place: str | int = first
+    if isinstance(node, list):
+        if first.lstrip("-").isdigit():
+            place = int(first)
+        elif len(node) == 1:
+            return _set(node[0], parts, value, item)
+        if not isinstance(place, int) or not -len(node) <= place < len(node):
+            raise UserError(f"override '{item}': '{first}' is no index of a list of {len(node)}.",
+                            next=f"indices are 0 to {len(node) - 1}" if node else "give the whole list: key=[…]")  # fmt: skip
+    elif not isinstance(node, dict):
+        raise UserError(f"override '{item}': {node!r} stands there, which has no key '{first}'.")
+    if not rest:
+        node[place] = value
+        return None
+    if isinstance(node, dict) and node.get(place) is None:
+        node[place] = {}
+    return _set(node[place], rest, value, item)
 
 
-def _fields_at(cls: type[pydantic.BaseModel], loc: Sequence[Any]) -> list[str]:
-    """The keys that the model at `loc` knows: follows nested models, lists and unions."""
-    models: list[type[pydantic.BaseModel]] = [cls]
-    for part in loc:
-        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        if fields:
-            models = [m for f in fields for m in _models_in(f)]
-        else:  # a list index, or the tag of a discriminated union
-            models = [m for m in models if m.__name__ == part or part in (getattr(m, "tag", None),)] or models
-    return sorted({name for m in models for name in m.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [m for arg in get_args(annotation) for m in _models_in(arg)]
+def _plain(value: Any) -> Any:
+    """JSON for what may stand in the values of a spec beside JSON types."""
+    return value.plain() if isinstance(value, Spec) else str(value)
