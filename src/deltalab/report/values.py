@@ -1,0 +1,277 @@
+"""From a drift study's record to plain values: key figures, tables and plots. Nothing is computed that the record does
+not hold; numbers are only chosen and put into words."""
+
+from typing import Any, NamedTuple
+
+from deltalab.report.figures import Bars, Grid, Line, Lines, Plot, Rate, Rates, Shares, Spread, Spreads
+
+Record = dict[str, Any]
+
+GROUP_COLOURS = {"safety": "purple", "safety-only": "orange", "utility": "blue", "random": "grey", "matched": "grey"}
+SETS = {"advbench": "AdvBench", "jailbreakbench": "JailbreakBench", "strongreject": "StrongREJECT", "harmbench": "HarmBench",
+        "malicious_instruct": "MaliciousInstruct", "xstest_safe": "XSTest safe", "xstest_unsafe": "XSTest unsafe"}  # fmt: skip
+METRICS = {
+    "l2_per_sqrt": ("L2 per entry", "‖ΔW[G]‖ / √|G|"),
+    "relative_norm": ("Relative change", "‖ΔW[G]‖ / ‖W₀[G]‖"),
+    "cosine": ("Turn", "1 − cos(W₀[G], W[G])"),
+}
+
+
+class Tile(NamedTuple):
+    """A key figure: what it is, its value, and a line of context."""
+
+    label: str
+    value: str
+    note: str
+
+
+class Table(NamedTuple):
+    """A table: words and numbers, formatted. `numeric` marks the columns that are aligned right."""
+
+    name: str
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def set_name(name: str) -> str:
+    """The name of a prompt set as its authors write it."""
+    return SETS.get(name, name)
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as per cent, or a dash."""
+    return "—" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def interval(rate: dict[str, float]) -> str:
+    """`61 % [51, 70]`."""
+    return f"{100 * rate['value']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without needless exponents."""
+    if value is None:
+        return "—"
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def tuned(record: Record) -> dict[str, Any]:
+    """The arms that were tuned, in order."""
+    return {name: arm for name, arm in record["arms"].items() if "curves" in arm}
+
+
+def harmful_sets(record: Record) -> list[str]:
+    """The prompt sets that ought to be refused."""
+    return [name for name, safety in record["arms"]["before"]["safety"].items() if safety["harmful"]]
+
+
+def tiles(record: Record) -> list[Tile]:
+    """The few numbers that stand at the top: before → after the first arm."""
+    before, after = record["arms"]["before"], next(iter(tuned(record).values()))
+    out = []
+    for name, safety in before["safety"].items():
+        then = after["safety"][name]
+        label = f"{set_name(name)} refused" if safety["harmful"] else f"{set_name(name)} refused (falsely)"
+        out.append(Tile(label, f"{percent(safety['refusal']['value'])} → {percent(then['refusal']['value'])}",
+                        f"after: {interval(then['refusal'])}, n = {then['n']}"))  # fmt: skip
+    out.append(Tile("Skills, exact match", f"{percent(before['skills']['value'])} → {percent(after['skills']['value'])}",
+                    f"after: {interval(after['skills'])}, n = {after['skills']['n']}"))  # fmt: skip
+    return out
+
+
+def tables(record: Record) -> list[Table]:
+    """Every table of the report, in order."""
+    return [_behaviour(record), _log_odds(record), _frozen(record), _drift(record), _groups(record), _training(record), _skills(record)]
+
+
+def plots(record: Record) -> list[Plot]:
+    """Every figure of the report, in order."""
+    out = [_rates(record), _replies(record), *_drift_plots(record), _distributions(record), _where(record)]
+    out += [_losses(record), _times(record)]
+    return [plot for plot in out if plot.panels]
+
+
+def _behaviour(record: Record) -> Table:
+    sets = record["arms"]["before"]["safety"]
+    head = ("", *(f"{set_name(s)}: refused" for s in sets), *(f"{set_name(s)}: complied (ASR)" for s in harmful_sets(record)),
+            *(f"{set_name(s)}: broken" for s in harmful_sets(record)), "skills")  # fmt: skip
+    rows = [(arm["label"], *(interval(arm["safety"][s]["refusal"]) for s in sets), *(interval(arm["safety"][s]["asr"]) for s in harmful_sets(record)),
+             *(str(arm["safety"][s]["broken"]) for s in harmful_sets(record)), interval(arm["skills"])) for arm in record["arms"].values()]  # fmt: skip
+    return Table("behaviour", "Replies and skills", head, rows, "Shares with Wilson 95 % intervals; broken replies are counted. " + _sizes_of_sets(record))
+
+
+def _sizes_of_sets(record: Record) -> str:
+    before = record["arms"]["before"]
+    return "Prompts: " + ", ".join(f"{set_name(s)} {v['n']}" for s, v in before["safety"].items()) + f"; skills {before['skills']['n']}."
+
+
+def _log_odds(record: Record) -> Table:
+    sets = list(record["arms"]["before"]["safety"])
+    rows = [(arm["label"], *(number(arm["safety"][s]["log_odds"]) for s in sets)) for arm in record["arms"].values()]
+    return Table("log-odds", "First-token log-odds of a refusal", ("", *map(set_name, sets)), rows, "Mean over prompts of log p(refusal) − log(1 − p(refusal)); 0 is even.")
+
+
+def _frozen(record: Record) -> Table:
+    rows = []
+    for arm in tuned(record).values():
+        freeze = arm["freeze"]
+        if freeze["variant"] == "none":
+            rows.append((arm["label"], "none", "—", "—", "—", "—"))
+            continue
+        held = "yes" if freeze["held"] else "NO"
+        rows.append((arm["label"], freeze["variant"], freeze["group"], f"{freeze['entries']:,} ({percent(freeze['fraction'], 1)})", number(freeze["max_change"]), held))
+    return Table("frozen", "What was frozen, and whether it held", ("", "variant", "group", "entries", "largest change", "held"), rows,
+                 "Largest absolute change of a frozen entry of the merged weights, over the whole training.")  # fmt: skip
+
+
+def _drift(record: Record) -> Table:
+    rows = []
+    for arm in tuned(record).values():
+        last = arm["curves"][-1]
+        for name, values in last["groups"].items():
+            band = last["nulls"].get(name, {})
+            cells = []
+            for metric in METRICS:
+                cells.append(number(1 - values[metric] if metric == "cosine" else values[metric]))
+                cells.append(_band(band.get(metric), metric))
+            rows.append((arm["label"], record["groups"].get(name, {}).get("label", name), *cells))
+    head = ("", "group", *(text for metric in METRICS for text in (METRICS[metric][1], "matched random")))
+    return Table("drift", "Drift at the last step", head, rows, "Matched random: 2.5 % to 97.5 % of random groups with the same count in each matrix and the same spread of |W|.")
+
+
+def _band(band: dict[str, float] | None, metric: str) -> str:
+    if not band:
+        return "—"
+    low, high = (1 - band["high"], 1 - band["low"]) if metric == "cosine" else (band["low"], band["high"])
+    return f"{number(low)} … {number(high)}"
+
+
+def _groups(record: Record) -> Table:
+    rows = [(group["label"], f"{group['entries']:,}", percent(group["fraction"], 2)) for group in record["groups"].values()]
+    overlap = "; ".join(f"{o['a']} and {o['b']} {o['jaccard']:.3f} (independent: {o['independent']:.3f})" for o in record["overlaps"])
+    return Table("groups", "Groups of weights", ("group", "entries", "share of scored weights"), rows, f"Overlap (Jaccard): {overlap}." if overlap else "")
+
+
+def _training(record: Record) -> Table:
+    rows = []
+    for arm in tuned(record).values():
+        t = arm["training"]
+        rows.append((arm["label"], f"{t['trained']:,}", str(t["steps"]), f"{t['tokens']:,}", f"{t['seconds']:.0f} s", number(t["losses"][0][1]), number(t["losses"][-1][1])))
+    return Table("training", "Training", ("", "trained parameters", "steps", "tokens", "time", "first loss", "last loss"), rows)
+
+
+def _skills(record: Record) -> Table:
+    arms = record["arms"]
+    families = arms["before"]["skills"]["families"]
+    rows = [(family, *(percent(arm["skills"]["families"][family]["value"]) for arm in arms.values()), str(families[family]["n"])) for family in families]
+    return Table("skills", "Skills by family, exact match", ("family", *(arm["label"] for arm in arms.values()), "n"), rows)
+
+
+def _rates(record: Record) -> Plot:
+    panels = []
+    for name, safety in record["arms"]["before"]["safety"].items():
+        rows = [_rate(arm["label"], arm["safety"][name]["refusal"], arm["safety"][name]["n"], key == "before") for key, arm in record["arms"].items()]
+        what, colour = ("refused", "blue") if safety["harmful"] else ("refused although harmless", "orange")
+        panels.append(Rates(f"refusal-{name}", f"{set_name(name)}: {what}", f"share of {safety['n']} prompts, %", rows, colour))
+    rows = [_rate(arm["label"], arm["skills"], arm["skills"]["n"], key == "before") for key, arm in record["arms"].items()]
+    panels.append(Rates("skills", "Skills: exact match", f"share of {rows[0].n} questions, %", rows, "green"))
+    caption = "Refusals and skills before tuning (open) and after, with Wilson 95 % intervals. Refusing harmful prompts is wanted; refusing harmless ones is not."
+    return Plot("outcomes", "What became of refusals and skills", caption, _say_rates(panels), panels, 2)
+
+
+def _say_rates(panels: list[Rates]) -> str:
+    return ". ".join(f"{p.title}: " + ", ".join(f"{r.label} {percent(r.value)}" for r in p.rows) for p in panels) + "."
+
+
+def _rate(label: str, rate: dict[str, float], n: int, hollow: bool) -> Rate:
+    return Rate(label, rate["value"], rate["low"], rate["high"], n, hollow)
+
+
+def _replies(record: Record) -> Plot:
+    panels = []
+    for name in harmful_sets(record):
+        rows = [(arm["label"], [arm["safety"][name][part] for part in ("refused", "complied", "broken")]) for arm in record["arms"].values()]
+        panels.append(Shares(f"replies-{name}", set_name(name), ("refused", "complied", "broken"), ("blue", "orange", "grey"), rows))
+    alt = ". ".join(f"{p.title}: " + ", ".join(f"{label} {c[0]} refused, {c[1]} complied, {c[2]} broken" for label, c in p.rows) for p in panels) + "."
+    caption = "Replies to harmful prompts. A reply that is neither a refusal nor readable text is broken; it counts as neither refusal nor attack success."
+    return Plot("replies", "Refused, complied or broken", caption, alt, panels, 2)
+
+
+def _drift_plots(record: Record) -> list[Plot]:
+    plots = []
+    for key, arm in tuned(record).items():
+        curves = arm["curves"]
+        steps = [row["step"] for row in curves]
+        main = _main_group(record)
+        panels = []
+        for metric, (title, unit) in METRICS.items():
+            flip = metric == "cosine"
+            lines = [Line(name, [1 - row["groups"][name][metric] if flip else row["groups"][name][metric] for row in curves], GROUP_COLOURS.get(name, "green"))
+                     for name in curves[0]["groups"]]  # fmt: skip
+            band = [row["nulls"].get(main, {}).get(metric) for row in curves]
+            edges = None
+            if all(band):
+                edges = ([1 - b["high"] for b in band], [1 - b["low"] for b in band]) if flip else ([b["low"] for b in band], [b["high"] for b in band])
+            panels.append(Lines(f"drift-{key}-{metric}", title, steps, "optimizer step", unit, lines, edges, "matched random"))
+        n = next(iter(curves[-1]["nulls"].get(main, {}).values()), {}).get("n", 0)
+        caption = (f"Drift of each group's merged weights since step 0; {arm['label']}. Grey band: 2.5 % to 97.5 % of {n} random groups matched to "
+                   f"'{main}' on the count in each matrix and on |W|.")  # fmt: skip
+        last = curves[-1]["groups"]
+        alt = f"{arm['label']}, L2 per entry at step {steps[-1]}: " + ", ".join(f"{g} {number(v['l2_per_sqrt'])}" for g, v in last.items()) + "."
+        plots.append(Plot(f"drift-{key}", f"Drift over steps: {arm['label']}", caption, alt, panels))
+    return plots
+
+
+def _main_group(record: Record) -> str:
+    """The group that the matched random groups were drawn for."""
+    first = next(iter(tuned(record).values()))
+    return next(iter(first["curves"][-1]["nulls"]), "")
+
+
+def _distributions(record: Record) -> Plot:
+    panels = []
+    for key, arm in tuned(record).items():
+        rows = []
+        for name, d in arm["distributions"].items():
+            q = d["quantiles"]
+            rows.append(Spread(name, GROUP_COLOURS.get(name, "green"), d["edges"], d["counts"], d["zeros"], (q["0.25"], q["0.5"], q["0.75"])))
+        panels.append(Spreads(f"rows-{key}", arm["label"][:1].upper() + arm["label"][1:], "‖ΔW‖ / √n within a row of a matrix", rows))
+    caption = "Final drift by output row (one row of a weight matrix): the group's entries in that row, root mean square of ΔW. Dot and bar: median and quartiles."
+    alt = ". ".join(f"{p.title}: medians " + ", ".join(f"{r.label} {number(r.quantiles[1])}" for r in p.rows) for p in panels) + "."
+    return Plot("distributions", "Final drift, row by row", caption, alt, panels)
+
+
+def _where(record: Record) -> Plot:
+    groups = {name: group for name, group in record["groups"].items() if group.get("kinds")}
+    kinds = list(dict.fromkeys(kind for group in groups.values() for kind in group["kinds"]))
+    values = [[group["kinds"].get(kind) for kind in kinds] for group in groups.values()]
+    top = max((v for row in values for v in row if v is not None), default=1.0) or 1.0
+    short = [kind.removesuffix("_proj") for kind in kinds]
+    panels = [Grid("groups-kinds", "Share of each kind of matrix in the group, %", list(groups), short, values, top)] if groups else []
+    names = list(record["groups"])
+    if record["overlaps"]:
+        pairs = {frozenset((o["a"], o["b"])): o["jaccard"] for o in record["overlaps"]}
+        table = [[pairs.get(frozenset((a, b))) if a != b else None for b in names] for a in names]
+        panels.append(Grid("groups-overlap", "Overlap of two groups, Jaccard %", names, names, table, max(pairs.values()) or 1.0))
+    alt = "; ".join(f"{name}: {group['entries']:,} entries" for name, group in record["groups"].items()) + "."
+    return Plot("groups", "Where the groups are", "Which matrices the groups fall into, and how far they overlap.", alt, panels, 2)
+
+
+def _losses(record: Record) -> Plot:
+    arms = tuned(record)
+    colours = ("orange", "blue", "green", "purple", "grey")
+    x = [step for step, _ in next(iter(arms.values()))["training"]["losses"]]
+    lines = [Line(arm["label"], [loss for _, loss in arm["training"]["losses"]], colours[i % 5]) for i, arm in enumerate(arms.values())
+             if [step for step, _ in arm["training"]["losses"]] == x]  # fmt: skip
+    alt = "Training loss: " + ", ".join(f"{line.label} {number(line.values[0])} to {number(line.values[-1])}" for line in lines) + "."
+    return Plot("losses", "Training loss", "Mean loss per reply token on the tuning data.", alt, [Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", lines)])
+
+
+def _times(record: Record) -> Plot:
+    rows = [(name, float(seconds)) for name, seconds in record["stages"].items()]
+    alt = "Seconds by stage: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in rows) + "."
+    return Plot("times", "Where the time went", f"{sum(s for _, s in rows):.0f} s in all.", alt, [Bars("times", "Time by stage", "seconds", rows)])
