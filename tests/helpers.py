@@ -1,7 +1,11 @@
 """Small models, tokenizers and data for the tests; nothing here needs a network."""
 
+import contextlib
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,7 +38,16 @@ def tiny_llama(
 
 def tiny_gpt2(*, hidden: int = 32, layers: int = 2, vocab: int = 270, seed: int = 0) -> transformers.GPT2LMHeadModel:
     """A random GPT-2 (Conv1D linears) in eval mode."""
-    config = transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, vocab_size=vocab, n_positions=128, pad_token_id=0, eos_token_id=3, bos_token_id=3)
+    config = transformers.GPT2Config(
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=4,
+        vocab_size=vocab,
+        n_positions=128,
+        pad_token_id=0,
+        eos_token_id=3,
+        bos_token_id=3,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return transformers.GPT2LMHeadModel(config).eval()
@@ -49,7 +62,9 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> transformers.PreTrainedTo
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=template)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=template
+    )
 
 
 def organism(name: str = "chat") -> Path | None:
@@ -76,3 +91,16 @@ def assert_close_by_norm(got: torch.Tensor, want: torch.Tensor, bound: float) ->
     assert got.shape == want.shape, (got.shape, want.shape)
     error = error_by_norm(got, want)
     assert error <= bound, f"relative error {error:.3g} > {bound:.3g}"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str = "1m") -> Iterator[Path]:
+    """A file system of `size` mounted at `folder`; the test is skipped where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system needs root to be mounted")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

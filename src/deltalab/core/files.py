@@ -1,8 +1,11 @@
 """Files that are whole or absent: written beside their place, then renamed; folders that one process owns."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,36 +15,51 @@ from typing import IO, Any
 
 from deltalab.core.errors import UserError
 
+_FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
+_counter = itertools.count()
+
 
 @contextlib.contextmanager
 def disk_faults(path: str | Path) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into a `UserError` that names the path and the space left."""
+    """Turns a full disk or a forbidden folder into a `UserError` that names the path and the space left.
+
+    Libraries wrap the system's error in their own kinds (safetensors' is no OSError), so their text is read as well.
+    """
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full and error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+    except UserError:
+        raise
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "StorageFull" in str(error):
+            why = "the disk is full"
+        elif code in _FORBIDDEN:
+            why = f"writing is not allowed ({os.strerror(code)})"
+        elif code == errno.ENOTDIR or isinstance(error, FileExistsError):
+            why = "a part of the path is a file, not a folder"
+        else:
             raise
-        why = "the disk is full" if full else f"writing is not allowed ({error.strerror})"
-        raise UserError(f"cannot write '{path}': {why}.", found=f"{free_bytes(path) / 2**20:.1f} MiB free there",
+        raise UserError(f"cannot write '{path}': {why}.", found=f"{free_bytes(path) / 2**20:.1f} MiB free there without it",
                         next="free some space or choose another folder; nothing half-written was left") from error  # fmt: skip
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it becomes `path`, on any failure it is removed."""
+    """Yields a temporary path beside `path`, for a file or a folder; on success it becomes `path`.
+
+    On any failure, Ctrl-C included, it is removed and what stood at `path` stays. What a killed process left beside
+    `path` is removed first.
+    """
     path = Path(path)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _sweep(path)
+        tmp = path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}.tmp")
         try:
             yield tmp
             _sync(tmp)
-            if path.is_dir() and tmp.is_dir():  # a folder cannot be renamed over a full one
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                path.rename(old)
-                tmp.rename(path)
-                shutil.rmtree(old)
+            if path.is_dir() and tmp.is_dir():
+                _exchange(tmp, path)  # a folder cannot be renamed over a full one; the old one is now `tmp`
             else:
                 tmp.replace(path)
         finally:
@@ -67,14 +85,16 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 def read_json(path: str | Path, what: str = "file") -> Any:
     """Read a JSON file.
 
-    Raises: UserError, naming `what`, if it is missing or cut off.
+    Raises: UserError, naming `what`, if it is missing, unreadable or cut off.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what} '{path}' does not exist.") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{what} '{path}' is damaged.", found=str(error), next="restore it, or run again") from None
+    except OSError as error:
+        raise UserError(f"{what} '{path}' cannot be read.", found=str(error.strerror)) from None
 
 
 def remove(path: str | Path) -> None:
@@ -96,8 +116,6 @@ def free_bytes(path: str | Path) -> int:
 
 def file_digest(path: str | Path) -> str:
     """Twelve hex digits of the SHA-256 of a file's bytes."""
-    import hashlib
-
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
 
@@ -106,24 +124,66 @@ def file_digest(path: str | Path) -> str:
 def owned(folder: str | Path, verb: str = "run") -> Iterator[Path]:
     """Makes `folder` and holds it for this process: a second one gets a `UserError`. A crash releases it."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output '{folder}' is a file, a folder is needed.", next="choose another output folder")
     with disk_faults(folder):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output '{folder}' is a file, a folder is needed.", next="choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the end
-    try:
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             raise UserError(f"output folder '{folder}' is in use.", found=f"held by {handle.read().strip() or 'another process'}",
                             next=f"wait for it, or {verb} with another output folder") from None  # fmt: skip
+        except OSError:
+            pass  # a file system without locks, as some network ones are: two runs are then the user's to keep apart
         handle.truncate(0)
-        handle.write(f"process {os.getpid()}")
-        handle.flush()
+        with contextlib.suppress(
+            OSError
+        ):  # the holder's name is a courtesy, and a full disk is told of by what matters
+            handle.write(f"process {os.getpid()}")
+            handle.flush()
         yield folder
-    finally:
-        handle.close()
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary files beside `path` whose process is gone."""
+    for left in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            remove(left)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, in one step where the system can (Linux): no moment without a folder at `old`."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+            return
+    aside = old.with_name(f".{old.name}.{os.getpid()}-{next(_counter)}.tmp")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def _sync(path: Path) -> None:
