@@ -128,23 +128,21 @@ def owned(folder: str | Path, verb: str = "run") -> Iterator[Path]:
         raise UserError(f"output '{folder}' is a file, a folder is needed.", next="choose another output folder")
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the end
-    with handle:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            handle.seek(0)
-            raise UserError(f"output folder '{folder}' is in use.", found=f"held by {handle.read().strip() or 'another process'}",
+            raise UserError(f"output folder '{folder}' is in use.", found=f"held by {os.read(lock, 100).decode() or 'another process'}",
                             next=f"wait for it, or {verb} with another output folder") from None  # fmt: skip
         except OSError:
             pass  # a file system without locks, as some network ones are: two runs are then the user's to keep apart
-        handle.truncate(0)
-        with contextlib.suppress(
-            OSError
-        ):  # the holder's name is a courtesy, and a full disk is told of by what matters
-            handle.write(f"process {os.getpid()}")
-            handle.flush()
+        with contextlib.suppress(OSError):  # the holder's name is a courtesy; a full disk is told of by what matters
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()}".encode())
         yield folder
+    finally:
+        os.close(lock)
 
 
 def _sweep(path: Path) -> None:
