@@ -5,6 +5,7 @@ lays them out one by one, so it reads on a wide screen and on a narrow one. Colo
 darkened until they read as text on white; inline, each is a CSS variable, so the page can lighten them at night.
 """
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 
 from deltalab.core.files import replacing
 
-INK, FAINT, BAND = "#1b1f24", "#8a9099", "#b9bec6"
+INK, FAINT, BAND, ON = "#1b1f24", "#8a9099", "#b9bec6", "#fefefe"  # ON: text on a filled colour
 COLOURS = {"orange": "#b84a00", "blue": "#0062a3", "green": "#00704f", "purple": "#9a3f7c", "grey": "#646b75"}
 _STYLE = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
@@ -130,9 +132,30 @@ class Plot(NamedTuple):
     name: str
     title: str
     caption: str
-    alt: str
     panels: Sequence[Panel]
     columns: int = 3
+
+
+def describe(panel: Panel) -> str:
+    """The panel in words and numbers: its alternative text."""
+    match panel:
+        case Lines():
+            band = [f"{panel.band_label} {panel.band[0][-1]:.3g} to {panel.band[1][-1]:.3g}"] if panel.band else []
+            parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines] + band
+            return f"{panel.title}, {panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}."
+        case Rates():
+            return f"{panel.title}: " + ", ".join(f"{r.label} {100 * r.value:.0f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in panel.rows) + "."
+        case Shares():
+            counted = [f"{label}: " + ", ".join(f"{n} {part}" for n, part in zip(counts, panel.parts, strict=True)) for label, counts in panel.rows]
+            return f"{panel.title}. {'; '.join(counted)}."
+        case Spreads():
+            return f"{panel.title}, {panel.xlabel}, medians: " + ", ".join(f"{row.label} {row.quantiles[1]:.3g}" for row in panel.rows) + "."
+        case Grid():
+            cells = [f"{row}: " + ", ".join(f"{c} {100 * v:.1f}" for c, v in zip(panel.columns, line, strict=True) if v is not None)
+                     for row, line in zip(panel.rows, panel.values, strict=True)]  # fmt: skip
+            return f"{panel.title}. {'; '.join(cells)}."
+        case Bars():
+            return f"{panel.title}, {panel.xlabel}: " + ", ".join(f"{label} {value:.1f}" for label, value in panel.rows) + "."
 
 
 def save(plot: Plot, folder: str | Path) -> list[Path]:
@@ -145,7 +168,7 @@ def save(plot: Plot, folder: str | Path) -> list[Path]:
     return paths
 
 
-def inline(panel: Panel, alt: str, number: int) -> str:
+def inline(panel: Panel, number: int) -> str:
     """One panel as an `<svg>` element for a page: ids made unique by `number`, colours as CSS variables, no size."""
     with matplotlib.rc_context(_STYLE):
         buffer = io.StringIO()
@@ -153,12 +176,12 @@ def inline(panel: Panel, alt: str, number: int) -> str:
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>f{number}-", svg)
-    for name, colour in {"ink": INK, "faint": FAINT, "band": BAND, **COLOURS}.items():
+    for name, colour in {"ink": INK, "faint": FAINT, "band": BAND, "on": ON, **COLOURS}.items():
         svg = svg.replace(colour, f"var(--{name})")
     attributes = re.search(r'viewBox="([^"]+)"', svg)
     assert attributes, "matplotlib's SVG has a viewBox"
     width = float(attributes[1].split()[2])
-    head = f'<svg viewBox="{attributes[1]}" role="img" aria-label="{alt}" style="max-width:{width * 1.45:.0f}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    head = f'<svg viewBox="{attributes[1]}" role="img" aria-label="{html.escape(describe(panel))}" style="max-width:{width * 1.45:.0f}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\s*\n\s*", "\n", head + svg[svg.index(">") + 1 :])
 
 
@@ -169,6 +192,7 @@ def draw(panels: Sequence[Panel], columns: int) -> Figure:
     heights = [max(_height(panel) for panel in line) for line in lines]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.3 * columns, sum(heights)), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
         for i, line in enumerate(lines):
@@ -183,8 +207,8 @@ def _height(panel: Panel) -> float:
     """Inches."""
     if isinstance(panel, Lines):
         return 2.9
-    row = 0.5 if isinstance(panel, Spreads) else 0.31
-    return 1.05 + row * len(panel.rows) if not isinstance(panel, Grid) else 0.95 + 0.36 * len(panel.rows)
+    row, rest = {Spreads: (0.5, 1.05), Grid: (0.36, 0.95), Shares: (0.33, 1.25)}.get(type(panel), (0.31, 1.1))
+    return rest + row * len(panel.rows)
 
 
 def _lines(ax: Axes, panel: Lines) -> None:
@@ -213,7 +237,8 @@ def _rates(ax: Axes, panel: Rates) -> None:
     colour = COLOURS[panel.colour]
     for y, row in enumerate(panel.rows):
         ax.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
-        ax.plot(100 * row.value, y, "o", markersize=6.5, color=colour, markerfacecolor="white" if row.hollow else colour, markeredgewidth=1.6)
+        ax.plot(100 * row.value, y, "o", markersize=6.5, color=colour, markerfacecolor=ON if row.hollow else colour, markeredgewidth=1.6,
+                clip_on=False, zorder=3)  # fmt: skip
         ax.annotate(f"{100 * row.value:.0f} %", (1.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center", annotation_clip=False)
     ax.set_xlim(0, 100)
     ax.set_xlabel(panel.xlabel)
@@ -228,18 +253,16 @@ def _shares(ax: Axes, panel: Shares) -> None:
             share = 100 * count / total
             ax.barh(y, share, left=left, height=0.62, color=COLOURS[colour], linewidth=0)
             if share >= 9:
-                ax.text(left + share / 2, y, f"{share:.0f} %", color="white", fontsize=8.5, ha="center", va="center")
+                ax.text(left + share / 2, y, f"{share:.0f} %", color=ON, fontsize=8.5, ha="center", va="center")
             left += share
     ax.set_xlim(0, 100)
     ax.set_xlabel("share of replies, %")
     _rows(ax, [label for label, _ in panel.rows])
     ax.spines["left"].set_visible(False)
-    ax.set_title("")
-    ax.text(0, 1.0, panel.title, transform=ax.transAxes, fontsize=10, fontweight="bold", va="bottom")
-    x = 1.0
-    for part, colour in reversed(list(zip(panel.parts, panel.colours, strict=True))):
-        ax.text(x, 1.005, part, transform=ax.transAxes, fontsize=8.5, color=COLOURS[colour], ha="right", va="bottom")
-        x -= 0.03 + 0.0235 * len(part)
+    ax.set_title(panel.title, pad=24)
+    words = [TextArea(part, textprops={"color": COLOURS[colour], "size": 8.5, "weight": "bold"}) for part, colour in zip(panel.parts, panel.colours, strict=True)]
+    ax.add_artist(AnchoredOffsetbox("lower left", child=HPacker(children=words, pad=0, sep=12), frameon=False, bbox_to_anchor=(0, 1.0),
+                                    bbox_transform=ax.transAxes, pad=0.0, borderpad=0.3))  # fmt: skip
 
 
 def _spreads(ax: Axes, panel: Spreads) -> None:
@@ -271,8 +294,8 @@ def _grid(ax: Axes, panel: Grid) -> None:
             if value is None:
                 continue
             shade = min(1.0, value / panel.top)
-            ax.barh(y, 0.96, left=x - 0.48, height=0.94, color=COLOURS["blue"], alpha=0.06 + 0.8 * shade, linewidth=0)
-            ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color="white" if shade > 0.55 else INK)
+            ax.barh(y, 0.96, left=x - 0.48, height=0.94, color=COLOURS["blue"], alpha=0.05 + 0.95 * shade, linewidth=0)
+            ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=ON if shade > 0.6 else INK)
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
     ax.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8, rotation=30 if max(map(len, panel.columns)) > 6 else 0)
     ax.tick_params(length=0)

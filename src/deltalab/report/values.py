@@ -175,16 +175,12 @@ def _rates(record: Record) -> Plot:
     panels = []
     for name, safety in record["arms"]["before"]["safety"].items():
         rows = [_rate(arm["label"], arm["safety"][name]["refusal"], arm["safety"][name]["n"], key == "before") for key, arm in record["arms"].items()]
-        what, colour = ("refused", "blue") if safety["harmful"] else ("refused although harmless", "orange")
+        what, colour = ("refused", "blue") if safety["harmful"] else ("false refusals", "orange")
         panels.append(Rates(f"refusal-{name}", f"{set_name(name)}: {what}", f"share of {safety['n']} prompts, %", rows, colour))
     rows = [_rate(arm["label"], arm["skills"], arm["skills"]["n"], key == "before") for key, arm in record["arms"].items()]
     panels.append(Rates("skills", "Skills: exact match", f"share of {rows[0].n} questions, %", rows, "green"))
     caption = "Refusals and skills before tuning (open) and after, with Wilson 95 % intervals. Refusing harmful prompts is wanted; refusing harmless ones is not."
-    return Plot("outcomes", "What became of refusals and skills", caption, _say_rates(panels), panels, 2)
-
-
-def _say_rates(panels: list[Rates]) -> str:
-    return ". ".join(f"{p.title}: " + ", ".join(f"{r.label} {percent(r.value)}" for r in p.rows) for p in panels) + "."
+    return Plot("outcomes", "What became of refusals and skills", caption, panels, 2)
 
 
 def _rate(label: str, rate: dict[str, float], n: int, hollow: bool) -> Rate:
@@ -196,9 +192,8 @@ def _replies(record: Record) -> Plot:
     for name in harmful_sets(record):
         rows = [(arm["label"], [arm["safety"][name][part] for part in ("refused", "complied", "broken")]) for arm in record["arms"].values()]
         panels.append(Shares(f"replies-{name}", set_name(name), ("refused", "complied", "broken"), ("blue", "orange", "grey"), rows))
-    alt = ". ".join(f"{p.title}: " + ", ".join(f"{label} {c[0]} refused, {c[1]} complied, {c[2]} broken" for label, c in p.rows) for p in panels) + "."
     caption = "Replies to harmful prompts. A reply that is neither a refusal nor readable text is broken; it counts as neither refusal nor attack success."
-    return Plot("replies", "Refused, complied or broken", caption, alt, panels, 2)
+    return Plot("replies", "Refused, complied or broken", caption, panels, 2)
 
 
 def _drift_plots(record: Record) -> list[Plot]:
@@ -221,8 +216,7 @@ def _drift_plots(record: Record) -> list[Plot]:
         caption = (f"Drift of each group's merged weights since step 0; {arm['label']}. Grey band: 2.5 % to 97.5 % of {n} random groups matched to "
                    f"'{main}' on the count in each matrix and on |W|.")  # fmt: skip
         last = curves[-1]["groups"]
-        alt = f"{arm['label']}, L2 per entry at step {steps[-1]}: " + ", ".join(f"{g} {number(v['l2_per_sqrt'])}" for g, v in last.items()) + "."
-        plots.append(Plot(f"drift-{key}", f"Drift over steps: {arm['label']}", caption, alt, panels))
+        plots.append(Plot(f"drift-{key}", f"Drift over steps: {arm['label']}", caption, panels))
     return plots
 
 
@@ -241,8 +235,7 @@ def _distributions(record: Record) -> Plot:
             rows.append(Spread(name, GROUP_COLOURS.get(name, "green"), d["edges"], d["counts"], d["zeros"], (q["0.25"], q["0.5"], q["0.75"])))
         panels.append(Spreads(f"rows-{key}", arm["label"][:1].upper() + arm["label"][1:], "‖ΔW‖ / √n within a row of a matrix", rows))
     caption = "Final drift by output row (one row of a weight matrix): the group's entries in that row, root mean square of ΔW. Dot and bar: median and quartiles."
-    alt = ". ".join(f"{p.title}: medians " + ", ".join(f"{r.label} {number(r.quantiles[1])}" for r in p.rows) for p in panels) + "."
-    return Plot("distributions", "Final drift, row by row", caption, alt, panels)
+    return Plot("distributions", "Final drift, row by row", caption, panels)
 
 
 def _where(record: Record) -> Plot:
@@ -257,8 +250,7 @@ def _where(record: Record) -> Plot:
         pairs = {frozenset((o["a"], o["b"])): o["jaccard"] for o in record["overlaps"]}
         table = [[pairs.get(frozenset((a, b))) if a != b else None for b in names] for a in names]
         panels.append(Grid("groups-overlap", "Overlap of two groups, Jaccard %", names, names, table, max(pairs.values()) or 1.0))
-    alt = "; ".join(f"{name}: {group['entries']:,} entries" for name, group in record["groups"].items()) + "."
-    return Plot("groups", "Where the groups are", "Which matrices the groups fall into, and how far they overlap.", alt, panels, 2)
+    return Plot("groups", "Where the groups are", "Which matrices the groups fall into, and how far they overlap.", panels, 2)
 
 
 def _losses(record: Record) -> Plot:
@@ -267,11 +259,9 @@ def _losses(record: Record) -> Plot:
     x = [step for step, _ in next(iter(arms.values()))["training"]["losses"]]
     lines = [Line(arm["label"], [loss for _, loss in arm["training"]["losses"]], colours[i % 5]) for i, arm in enumerate(arms.values())
              if [step for step, _ in arm["training"]["losses"]] == x]  # fmt: skip
-    alt = "Training loss: " + ", ".join(f"{line.label} {number(line.values[0])} to {number(line.values[-1])}" for line in lines) + "."
-    return Plot("losses", "Training loss", "Mean loss per reply token on the tuning data.", alt, [Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", lines)])
+    return Plot("losses", "Training loss", "Mean loss per reply token on the tuning data.", [Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", lines)])
 
 
 def _times(record: Record) -> Plot:
     rows = [(name, float(seconds)) for name, seconds in record["stages"].items()]
-    alt = "Seconds by stage: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in rows) + "."
-    return Plot("times", "Where the time went", f"{sum(s for _, s in rows):.0f} s in all.", alt, [Bars("times", "Time by stage", "seconds", rows)])
+    return Plot("times", "Where the time went", f"{sum(s for _, s in rows):.0f} s in all.", [Bars("times", "Time by stage", "seconds", rows)])
