@@ -1,0 +1,39 @@
+"""One file a task. A new one is a file here and a line in `DataSpec`."""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from deltalab.data.tasks.base import Task
+from deltalab.data.tasks.benign import BenignTask
+from deltalab.data.tasks.instruct import InstructTask
+from deltalab.data.tasks.refusals import RefusalsTask
+from deltalab.data.tasks.skills import SkillsTask
+from deltalab.data.tasks.sst2 import SST2Task
+from deltalab.data.tasks.text import TextTask
+
+AnyTask = (
+    InstructTask
+    | TextTask
+    | SkillsTask
+    | RefusalsTask
+    | BenignTask
+    | SST2Task
+)  # fmt: skip
+DataSpec = Annotated[AnyTask, Field(discriminator="task")]
+"""A task by its tag, as a spec has it: `{task: instruct, path: alpaca.json}`."""
+
+TASKS: dict[str, type[Task]] = {cls.model_fields["task"].default: cls for cls in get_args(AnyTask)}
+
+__all__ = [
+    "TASKS",
+    "AnyTask",
+    "BenignTask",
+    "DataSpec",
+    "InstructTask",
+    "RefusalsTask",
+    "SST2Task",
+    "SkillsTask",
+    "Task",
+    "TextTask",
+]

@@ -1,0 +1,80 @@
+"""Instructions with replies: Alpaca-style columns, question and answer columns, or chat messages."""
+
+from typing import Literal
+
+from deltalab.core.errors import UserError
+from deltalab.data.chat import Conversation
+from deltalab.data.files import Row, read_rows
+from deltalab.data.tasks.base import Limit, Task
+
+COLUMNS = (
+    ("instruction", "input", "output"),  # Alpaca
+    ("instruction", "context", "response"),  # Dolly
+    ("prompt", "", "response"),
+    ("prompt", "", "completion"),
+    ("question", "", "answer"),
+)
+"""Known layouts: the instruction, what it is about (may be absent or empty), the reply."""
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+class InstructTask(Task):
+    """Instruction data: a .json, .jsonl, .csv or .tsv file, a folder with train/test files, or a hub name.
+
+    A row is `messages` (or `conversations`), or has the columns of a known layout. system: a system message put
+    before each. split: the hub's split, or the file's name in a folder. test_path: data to test on; without it a
+    fraction of the training data is held out (`eval.fraction`).
+    """
+
+    task: Literal["instruct"] = "instruct"
+    path: str
+    test_path: str | None = None
+    split: str = "train"
+    system: str | None = None
+    limit: int | None = Limit
+
+    def train(self) -> list[Conversation]:
+        """The first `limit` rows of `path`."""
+        return [self._conversation(row) for row in read_rows(self.path, split=self.split)[: self.limit]]
+
+    def test(self) -> list[Conversation]:
+        """The rows of `test_path`, at most `limit`."""
+        return (
+            [self._conversation(row) for row in read_rows(self.test_path, split="test")[: self.limit]]
+            if self.test_path
+            else []
+        )
+
+    def _conversation(self, row: Row) -> Conversation:
+        for key in ("messages", "conversations"):
+            if key in row.values:
+                return self._chat(row, row.values[key])
+        for ask, about, reply in COLUMNS:
+            if ask in row.values and reply in row.values:
+                extra = row.text(about) if row.values.get(about) else ""
+                return Conversation.of(
+                    row.text(ask) + (f"\n\n{extra}" if extra.strip() else ""), row.text(reply), system=self.system
+                )
+        raise UserError(f"{row.where}: no instruction and reply in it.", found=f"columns: {', '.join(row.values) or 'none'}",
+                        nearest=["messages", *(f"{ask} + {reply}" for ask, _, reply in COLUMNS)])  # fmt: skip
+
+    def _chat(self, row: Row, messages: object) -> Conversation:
+        if not isinstance(messages, list) or not messages:
+            raise UserError(
+                f"{row.where}: messages must be a list with a message in it.",
+                found=f"{type(messages).__name__} {str(messages)[:60]}",
+            )
+        turns = []
+        for number, message in enumerate(messages, 1):
+            where = f"{row.where}, message {number}"
+            if not isinstance(message, dict):
+                raise UserError(f"{where}: a message must be an object with role and content.", found=str(message)[:60])
+            role = message.get("role", message.get("from"))
+            if role not in ROLES:
+                raise UserError(f"{where}: role {role!r} is not known.", nearest=sorted(set(ROLES)))
+            content = Row(message, where).text("content" if "content" in message or "value" not in message else "value")
+            turns.append({"role": ROLES[role], "content": content})
+        if self.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.system})
+        return Conversation(tuple(turns))

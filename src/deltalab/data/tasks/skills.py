@@ -1,0 +1,32 @@
+"""The organism's skills: short questions with one checkable answer, in families."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from deltalab.data.chat import Conversation
+from deltalab.data.tasks.base import Task
+
+
+class SkillsTask(Task):
+    """Examples of the bundled organism's skill families, made from `seed`. families: names, or "all"."""
+
+    task: Literal["skills"] = "skills"
+    families: list[str] | Literal["all"] = "all"
+    n: PositiveInt = 1000
+    n_test: PositiveInt = 200
+    seed: int = 0
+
+    def train(self) -> list[Conversation]:
+        """`n` examples of the training split."""
+        return self._examples(self.n, "train")
+
+    def test(self) -> list[Conversation]:
+        """`n_test` examples of the test split."""
+        return self._examples(self.n_test, "test")
+
+    def _examples(self, n: int, split: str) -> list[Conversation]:
+        from deltalab.organism import skills  # plain generators without torch, counted as data (docs/architecture.md)
+
+        examples = skills.examples(self.families, n, self.seed, split)
+        return [Conversation.of(e["prompt"], e["answer"], family=e["family"]) for e in examples]
