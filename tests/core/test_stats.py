@@ -168,7 +168,9 @@ def test_t_interval():
 
 
 def test_bootstrap_without_clusters_is_scipys():
-    want = sps.bootstrap((X,), np.mean, method="percentile", n_resamples=20000, rng=np.random.default_rng(0)).confidence_interval
+    want = sps.bootstrap(
+        (X,), np.mean, method="percentile", n_resamples=20000, rng=np.random.default_rng(0)
+    ).confidence_interval
     got = stats.bootstrap(X, draws=20000)
     assert got[1:] == pytest.approx((want.low, want.high), abs=0.02)
     assert got.value == pytest.approx(X.mean())
@@ -177,7 +179,9 @@ def test_bootstrap_without_clusters_is_scipys():
 def test_bootstrap_resamples_whole_clusters():
     """Ten copies of a value in one cluster say no more than the value once."""
     repeated, labels = np.repeat(X, 10), np.repeat([f"p{i}" for i in range(len(X))], 10)
-    assert stats.bootstrap(repeated, labels, seed=1)[1:] == pytest.approx(stats.bootstrap(X, [f"p{i}" for i in range(len(X))], seed=1)[1:])
+    assert stats.bootstrap(repeated, labels, seed=1)[1:] == pytest.approx(
+        stats.bootstrap(X, [f"p{i}" for i in range(len(X))], seed=1)[1:]
+    )
     narrow = stats.bootstrap(repeated, seed=1)
     assert narrow.high - narrow.low < 0.5 * (stats.bootstrap(X).high - stats.bootstrap(X).low)
 

@@ -32,29 +32,34 @@ def environment() -> dict[str, Any]:
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}}  # fmt: skip
 
 
-def git_revision(folder: str | Path | None = None) -> str | None:
-    """The revision of the source tree, `+` appended if it has changes; None outside a repository."""
-    folder = folder or Path(__file__).parent
+def git_revision(file: str | Path = __file__) -> str | None:
+    """The revision of the source tree that tracks `file`, `+` appended if the tree has changes.
+
+    None outside a repository, and for a package installed into an environment that happens to lie in one.
+    """
+    file = Path(file)
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        run = subprocess.run(
+            ["git", "-C", str(file.parent), *args], capture_output=True, text=True, timeout=5, check=True
+        )
+        return run.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def write_record(folder: str | Path, kind: str, spec: Spec, body: dict[str, Any]) -> Path:
-    """Write `record.json` into `folder`, atomically and once.
+    """Write `record.json` into `folder`, atomically; a record of the same spec is replaced.
 
     kind: what made it, `train` or `drift`. body: measures, data digests, times; JSON types only.
     Raises: UserError if a record of another spec is there already.
     """
     path = Path(folder) / "record.json"
-    if path.exists() and read_json(path, "record").get("digest") != spec.digest():
+    if path.exists() and read_record(path)["digest"] != spec.digest():
         raise UserError(f"'{folder}' already holds the record of another spec.", next="choose another output folder")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(path, {"format": FORMAT, "kind": kind, "written": now, "digest": spec.digest(), "spec": spec.plain(),
@@ -73,8 +78,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         below = sorted(str(p.parent) for p in Path(folder).glob("*/record.json")) if Path(folder).is_dir() else []
         raise UserError(f"no record in '{folder}'.", found=f"records in: {', '.join(below)}" if below else "no record.json there",
                         nearest=below[:3], next="a finished `deltalab study` or `deltalab train` leaves one")  # fmt: skip
-    record: dict[str, Any] = read_json(path, "record")
-    if record.get("format", 0) > FORMAT:
+    record = read_json(path, "record")
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise UserError(
+            f"'{path}' is no record of deltalab.", next="a finished `deltalab study` or `deltalab train` leaves one"
+        )
+    if record["format"] > FORMAT:
         raise UserError(f"record '{path}' has format {record['format']}.", found=f"this version reads up to {FORMAT}",
                         next="update deltalab")  # fmt: skip
-    return record
+    return dict(record)

@@ -59,7 +59,9 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     Raises: UserError unless 0 ≤ k ≤ n and n ≥ 1.
     """
     if not 0 <= k <= n or n < 1:
-        raise UserError(f"no proportion: {k} of {n}.", next="at least one trial is needed, and no more successes than trials")
+        raise UserError(
+            f"no proportion: {k} of {n}.", next="at least one trial is needed, and no more successes than trials"
+        )
     low, high = sps.binomtest(k, n).proportion_ci(level, "wilson")
     return Interval(k / n, float(low), float(high))
 
@@ -151,7 +153,13 @@ def empirical_p(value: float, null: ArrayLike, alternative: Alternative = "great
 
 
 def permutation(
-    x: ArrayLike, y: ArrayLike, *, paired: bool = False, alternative: Alternative = "two-sided", draws: int = 9999, seed: int = 0
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    paired: bool = False,
+    alternative: Alternative = "two-sided",
+    draws: int = 9999,
+    seed: int = 0,
 ) -> Test:
     """Permutation test of the difference of means; exact where there are at most `draws` arrangements.
 
@@ -173,7 +181,9 @@ def tost(x: ArrayLike, y: ArrayLike | float, margin: float, *, paired: bool = Fa
     y: a sample (Welch's unequal variances, or `paired`), or a number that the mean of x is compared with.
     """
     if margin <= 0:
-        raise UserError(f"equivalence needs a margin above zero, not {margin}.", next="say how large a difference would not matter")
+        raise UserError(
+            f"equivalence needs a margin above zero, not {margin}.", next="say how large a difference would not matter"
+        )
     a = _array(x, 2)
     if isinstance(y, float | int):
         difference, spread, df = float(a.mean() - y), math.sqrt(a.var(ddof=1) / len(a)), float(len(a) - 1)
@@ -196,7 +206,9 @@ def tost_single(value: float, null: ArrayLike, margin: float) -> Equivalence:
     is sd·√(1 + 1/n), with n − 1 degrees of freedom.
     """
     if margin <= 0:
-        raise UserError(f"equivalence needs a margin above zero, not {margin}.", next="say how large a difference would not matter")
+        raise UserError(
+            f"equivalence needs a margin above zero, not {margin}.", next="say how large a difference would not matter"
+        )
     draws = _array(null, 2)
     spread = float(draws.std(ddof=1)) * math.sqrt(1 + 1 / len(draws))
     return _two_one_sided(float(value - draws.mean()), spread, float(len(draws) - 1), margin)
@@ -237,7 +249,9 @@ def bootstrap(
     its own. Raises: UserError with fewer than two clusters.
     """
     a = _array(x)
-    labels = np.arange(len(a)) if clusters is None else np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
+    labels = (
+        np.arange(len(a)) if clusters is None else np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
+    )
     _same_length(a, labels)
     members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
     if len(members) < 2:
