@@ -1,0 +1,60 @@
+"""The commands that the documents name exist, with their options; links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from deltalab.cli import VERBS
+from tests.helpers import ROOT
+from tests.house.source import modules
+
+DOCS = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")] if p.is_file()]
+ids = [str(p.relative_to(ROOT)) for p in DOCS]
+
+
+def commands(path: Path) -> list[str]:
+    """What a document offers to type: code blocks of a shell, and inline code that begins with a command."""
+    text = path.read_text()
+    blocks = re.findall(r"^```(?:console|sh|bash)\n(.*?)^```", text, re.M | re.S)
+    lines = [line.removeprefix("$ ").split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [line for line in lines + inline if re.match(r"(make|deltalab|python -m deltalab)\b(?! ?[=(])", line)]
+
+
+@cache
+def options(verb: str) -> str:
+    """The help text of a verb."""
+    return subprocess.run(
+        [sys.executable, "-m", "deltalab", verb, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_commands_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in commands(path):
+        words = line.split()
+        if words[0] == "make":
+            assert {w for w in words[1:] if "=" not in w and w != "…"} <= targets, line
+        elif words[0] == "deltalab" and len(words) > 1:
+            if words[1].startswith("--") or not re.fullmatch("[a-z-]+", words[1]):
+                continue
+            assert words[1] in VERBS, line
+            for option in (w.split("=")[0] for w in words[2:] if w.startswith("--")):
+                assert option in options(words[1]), f"{line}: no option {option}"
+        elif words[:2] == ["python", "-m"]:
+            assert words[2] in modules(), line
+
+
+@pytest.mark.parametrize("path", DOCS, ids=ids)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_every_verb_has_its_file() -> None:
+    assert {f"deltalab.cli.{verb}" for verb in VERBS} <= set(modules())

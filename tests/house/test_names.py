@@ -1,0 +1,104 @@
+"""One place names a method; public names resolve; what is public is described."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltalab
+from tests.house.source import PACKAGE, modules, tree
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "tokenizers",
+    "jinja2",
+}
+
+
+def mentions(path: Path, names: set[str]) -> list[str]:
+    """`file:line: name` for each use of a name in code: as identifier, attribute, import, or whole string."""
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Name):
+            used = [node.id]
+        elif isinstance(node, ast.Attribute):
+            used = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            used = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used = [node.value]
+        else:
+            continue
+        found += [f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}" for name in used if name in names]
+    return found
+
+
+def _tag(spec: type) -> list[str]:
+    """The tag that selects a method in a spec: `method: Literal["lora"]`."""
+    return [spec.model_fields["method"].default]  # type: ignore[attr-defined]
+
+
+def test_only_the_table_and_its_own_file_name_a_method() -> None:
+    """Its class, its module and its tag. Specs in YAML, the lazy public names and tests may name methods."""
+    from deltalab.deltas import METHODS, methods
+
+    table, wrong = {PACKAGE / "deltas" / "__init__.py", PACKAGE / "__init__.py"}, []
+    for name, spec in methods().items():
+        home = Path(sys.modules[spec.__module__].__file__ or "")
+        own = {node.name for node in tree(home).body if isinstance(node, ast.ClassDef)}
+        names = {name, METHODS[name], *own, *_tag(spec)}
+        wrong += [at for path in modules().values() if path not in {home, *table} for at in mentions(path, names)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", deltalab.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    value = getattr(deltalab, name)
+    assert name in dir(deltalab)
+    assert name.startswith("__") or (value.__doc__ or "").strip(), f"dl.{name} has no docstring"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'lora'"):
+        deltalab.lora  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import deltalab",
+        "import deltalab.cli; deltalab.cli.main(['--help'])",
+        "import deltalab.core.spec, deltalab.core.files",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
+    """What makes `import deltalab` and `deltalab --help` quick; `deltalab doctor` shows the times."""
+    report = (
+        f"import atexit, sys\natexit.register(lambda: print('imported', *sorted({HEAVY!r} & set(sys.modules))))\n{code}"
+    )
+    ran = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "imported"
+
+
+def test_what_is_public_has_a_docstring() -> None:
+    bare = []
+    for path in modules().values():
+        module = tree(path)
+        if not ast.get_docstring(module):
+            bare.append(f"{path.relative_to(PACKAGE)}: the file")
+        for node in module.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            small = isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno < 6
+            if public and not small and not ast.get_docstring(node):
+                bare.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {node.name}")
+    assert not bare, "\n".join(bare)
