@@ -1,0 +1,41 @@
+"""Floor 2: the deltas. `METHODS` is the table of contents: one line a method, loaded when it is first asked for."""
+
+import importlib
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from deltalab.deltas.base import DeltaSpec
+    from deltalab.deltas.lora import LoRA as LoRA
+    from deltalab.deltas.masks import Train as Train
+
+METHODS = {
+    "LoRA": "deltalab.deltas.lora",
+}
+"""Public name of the spec -> module that holds it. A new method is one file and one line here."""
+
+_OTHER = {"Train": "deltalab.deltas.masks"}
+
+
+def methods() -> dict[str, type["DeltaSpec"]]:
+    """Every delta method: public name -> spec class."""
+    return {name: getattr(importlib.import_module(module), name) for name, module in METHODS.items()}
+
+
+def any_spec() -> Any:
+    """The type of one entry of a spec's `adapt` list: a union of all methods and `Train`, told apart by `method`."""
+    import pydantic
+
+    from deltalab.deltas.masks import Train
+
+    return Annotated[reduce(or_, [*methods().values(), Train]), pydantic.Field(discriminator="method")]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AnySpec":
+        return any_spec()
+    where = {**METHODS, **_OTHER}
+    if name not in where:
+        raise AttributeError(f"module 'deltalab.deltas' has no attribute '{name}'")
+    return getattr(importlib.import_module(where[name]), name)

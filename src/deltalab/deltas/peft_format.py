@@ -1,0 +1,207 @@
+"""Adapters on disk, in Hugging Face peft's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+What peft can say is written so that peft loads it. What it cannot (a delta with frozen entries, the model's own
+trained parameters, two kinds of delta) is written with `peft_type` DELTALAB, which peft refuses: a loader that ignored
+the mask would run another model. Reading is strict: every key has to be there, with its shape, and no other.
+Nothing is unpickled.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from deltalab.core.errors import UserError, nearest
+from deltalab.core.files import read_json, remove, replacing
+from deltalab.core.spec import build
+from deltalab.deltas import methods
+from deltalab.deltas.adapt import adaptation, attached, is_adapted, start, unload
+from deltalab.deltas.base import DeltaSpec, WeightDelta, weight_of
+from deltalab.deltas.masks import Train
+from deltalab.deltas.peft_config import peft_plan, peft_where
+from deltalab.deltas.select import model_name
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+OWN_TYPE = "DELTALAB"
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+    """Write the adapter of `model` into `folder`, atomically; returns the folder.
+
+    Raises: UserError if the model has none, or the folder cannot be written.
+    """
+    if not is_adapted(model):
+        raise UserError(f"{model_name(model)} has no adapter to save.", next="deltalab.adapt(model, ...) first, or model.save_pretrained")
+    config, tensors = _as_peft(model) or _as_own(model)
+    config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; an adapter is a folder.", next="choose another folder")
+    files = {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save(_on_cpu(tensors), {"format": "pt"})}
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - files.keys():
+        remove(folder / CONFIG)  # others' files stay; without its config a half-written adapter is not taken for one
+        for name in (WEIGHTS, CONFIG):
+            with replacing(folder / name) as tmp:
+                tmp.write_bytes(files[name])
+    else:
+        with replacing(folder) as tmp:
+            tmp.mkdir()
+            for name, content in files.items():
+                (tmp / name).write_bytes(content)
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the adapter in `folder` on `model`, in place, trainable as after `adapt`; returns the model.
+
+    Raises: UserError if the model is adapted already, a file is missing or damaged, an option is not supported, or a
+    tensor is missing, not expected, or of another shape, each by name. Then the model is as it was.
+    """
+    if is_adapted(model):
+        raise UserError(f"{model_name(model)} is adapted already.", next="deltalab.unload(model) first")
+    config, tensors = _read(Path(folder))
+    if config.get("peft_type") == OWN_TYPE:
+        return _load_own(model, config, tensors, folder)
+    plan = peft_plan(model, config)
+    expected = {}
+    for path, spec in plan.items():
+        W = weight_of(model.get_submodule(path))
+        skeleton = spec.build(W.shape[0], W.shape[1], dtype=torch.float32, device=torch.device("meta"))
+        expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in skeleton.to_peft().items()}
+    _check(tensors, expected, f"adapter '{folder}'")
+    start(model, plan, [], set())
+    for path, delta in attached(model).items():
+        delta.from_peft({key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.to_peft()})
+    return model
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that training changes: the deltas' parameters and masks, and the model's own parameters that train.
+
+    The tensors are the model's, not copies. On a plain model: the parameters that require gradients.
+    """
+    if not is_adapted(model):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    paths, own = attached(model), adaptation(model).start
+    state = {f"{path}.delta.{key}": t.detach() for path, delta in paths.items() for key, t in delta.state_dict().items()}
+    return state | {name: p.detach() for name, p in model.named_parameters() if name in own}
+
+
+def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set what `trained_state` gave, in place; the model must be adapted in the same way.
+
+    Raises: UserError, by name, for a tensor that is missing, not expected, or of another shape.
+    """
+    masks = {key: t for key, t in state.items() if key.endswith(".delta.keep")}
+    deltas = attached(model)
+    for path, delta in deltas.items():
+        mask = masks.get(f"{path}.delta.keep")
+        if isinstance(delta, WeightDelta):
+            W = weight_of(model.get_submodule(path))
+            if mask is not None and tuple(mask.shape) != tuple(W.shape):
+                raise UserError(f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {tuple(W.shape)}")
+            delta.keep = None if mask is None else mask.to(W.device, torch.bool).clone()
+    own = trained_state(model)
+    _check(state, {name: tuple(t.shape) for name, t in own.items()}, "the trained state")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Config and tensors as peft writes them; None if peft's format cannot say what the model does."""
+    state, deltas = adaptation(model), attached(model)
+    kinds = {type(spec) for spec in state.plan.values()}
+    if state.start or len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
+        return None
+    kind = kinds.pop()
+    parts = {path: spec.to_peft() for path, spec in state.plan.items()} if kind.peft_type else {}
+    common = kind.common_peft(parts) if parts else None
+    if common is None:
+        return None
+    config = {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+              **common, **peft_where(model, list(state.plan))}  # fmt: skip
+    return config, {f"{PREFIX}{path}.{key}": t for path, delta in deltas.items() for key, t in delta.to_peft().items()}
+
+
+def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter that peft has no words for."""
+    state = adaptation(model)
+    names = {cls: name for name, cls in methods().items()}
+    plan = {path: {"kind": names[type(spec)], **spec.plain()} for path, spec in state.plan.items()}
+    config = {"peft_type": OWN_TYPE, "format": 1, "deltas": plan, "train": [mask.plain() for mask in state.masks], "own": sorted(state.start)}
+    return config, {PREFIX + name: t for name, t in trained_state(model).items()}
+
+
+def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> nn.Module:
+    known = methods()
+    plan: dict[str, DeltaSpec] = {}
+    linears = dict(model.named_modules())
+    for path, values in config.get("deltas", {}).items():
+        values = dict(values)
+        kind = values.pop("kind", None)
+        if kind not in known:
+            raise UserError(f"adapter '{folder}' has a delta of kind {kind!r}.", nearest=sorted(known))
+        if path not in linears:
+            raise UserError(f"adapter '{folder}' adapts '{path}', which {model_name(model)} does not have.", nearest=nearest(path, linears))
+        plan[path] = build(known[kind], values, f"adapter '{folder}'")
+    own = dict(model.named_parameters())
+    missing = [name for name in config.get("own", []) if name not in own]
+    if missing:
+        raise UserError(f"adapter '{folder}' trains '{missing[0]}', which {model_name(model)} does not have.", nearest=nearest(missing[0], own))
+    wrong = [key for key in tensors if not key.startswith(PREFIX)]
+    if wrong:
+        raise UserError(f"adapter '{folder}' has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
+    start(model, plan, [build(Train, mask) for mask in config.get("train", [])], set(config.get("own", [])))
+    try:
+        load_trained_state(model, {key.removeprefix(PREFIX): t for key, t in tensors.items()})
+    except UserError:
+        unload(model)
+        raise
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter folder."""
+    if not folder.is_dir():
+        near = nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()]) if folder.parent.is_dir() else []
+        raise UserError(f"adapter folder '{folder}' does not exist.", nearest=near)
+    there = sorted(p.name for p in folder.iterdir())
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in there]
+    if missing:
+        pickled = "adapter_model.bin" in there and WEIGHTS in missing
+        raise UserError(f"adapter folder '{folder}' has no {' and no '.join(missing)}.", found=", ".join(there) or "an empty folder",
+                        next="adapter_model.bin is pickled and not read: save it again with safe_serialization=True" if pickled
+                        else "save it again with deltalab.save_adapter or peft")  # fmt: skip
+    config = read_json(folder / CONFIG, "adapter config")
+    if not isinstance(config, dict):
+        raise UserError(f"adapter config '{folder / CONFIG}' is no mapping.", found=type(config).__name__)
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+            return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except safetensors.SafetensorError as error:
+        raise UserError(f"adapter file '{folder / WEIGHTS}' is damaged.", found=str(error), next="copy or save it again") from None
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises: UserError for the first kind of fault: keys missing and unexpected, or shapes."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        near = nearest(missing[0], extra) if missing and extra else []
+        parts = [f"{len(keys)} {word}, the first '{keys[0]}'" for keys, word in ((missing, "missing"), (extra, "not expected")) if keys]
+        raise UserError(f"{what} does not fit: {'; '.join(parts)}.", found=f"{len(tensors)} tensors, {len(expected)} expected",
+                        nearest=near[:1], next="load it on the model and with the targets that it was trained with")  # fmt: skip
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise UserError(f"{what} does not fit: '{key}' has shape {tuple(tensors[key].shape)}, expected {shape}.",
+                            next="check the rank in the config, and that the base model is the right one")  # fmt: skip
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}

@@ -1,0 +1,252 @@
+"""Which modules a delta goes to. A selection is a value that prints; what matches nothing is an error, never skipped.
+
+A target is a preset (`q,v`, `attention`, `mlp`, `all-linear`), the name of a linear (`q_proj`, `self_attn.q_proj`, or
+the whole path), a shell pattern (`layers.0.*`) or `re:` and a regular expression for the whole path. Presets go by the
+structure of the decoder blocks, so they never take embeddings or the output layer.
+"""
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltalab.core.errors import UserError, nearest
+from deltalab.deltas.base import LINEARS, Delta
+
+PRESETS = ("q,v", "attention", "mlp", "all-linear")
+QUERY = {"q_proj", "query", "q_lin", "wq"}
+VALUE = {"v_proj", "value", "v_lin", "wv"}
+FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "in_proj", "wqkv"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen linears, in model order. names: their module paths. model, linears: what they were chosen from."""
+
+    names: list[str]
+    model: str
+    linears: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __str__(self) -> str:
+        kinds = Counter(leaf(name) for name in self.names)
+        lines = [f"{len(self.names)} of {self.linears} linears of {self.model}"]
+        return "\n".join(lines + [f"  {count:4d} × {kind}" for kind, count in kinds.items()])
+
+
+def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int] | None = None) -> Selection:
+    """The linears of `model` that `targets` name, in model order.
+
+    targets: a preset, a name or pattern, several joined by commas, or a list of them. layers: block indices to stay
+    in, negative from the end.
+    Raises: UserError for a target that matches nothing, matches only what no delta can sit on, or a layer not there.
+    """
+    all_linears = linears(model)
+    blocks = layer_numbers(model, layers)
+    chosen: set[str] = set()
+    for target in _split(targets):
+        found = _preset(model, target) if target in PRESETS else _match(model, target, all_linears)
+        if blocks is not None:
+            inside = {name for name in found if layer_of(model, name) in blocks}
+            if found and not inside:
+                raise UserError(f"target '{target}' matches no linear in layers {sorted(blocks)} of {_called(model)}.",
+                                found=f"it matches {len(found)} elsewhere: {', '.join(sorted(found)[:3])}")  # fmt: skip
+            found = inside
+        chosen |= found
+    _refuse_tied(model, chosen)
+    return Selection([name for name in all_linears if name in chosen], model_name(model), len(all_linears))
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of the model, path -> module, in model order; a delta's own linears are not the model's."""
+    return {name: module for name, module in base_modules(model) if isinstance(module, LINEARS)}
+
+
+def scored_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of the decoder blocks: what is scored, grouped and pruned; no embeddings, no output layer.
+
+    The module's own `weight`, (out, in), is the base weight, adapted or not.
+    Raises: UserError if a block holds weights that are no plain linear.
+    """
+    inside = _in_blocks(model)
+    other = [name for name, module in inside.items() if not isinstance(module, nn.Linear)]
+    if other:
+        raise UserError(f"the blocks of {_called(model)} hold Conv1D layers, whose weights are stored (in, out); scores do not cover them.",
+                        found=f"{len(other)}, the first is {other[0]}", next="use a model with plain linears")  # fmt: skip
+    _refuse_experts(model, "scored linears")
+    return {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without the deltas and what is in them."""
+    deltas: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, Delta):
+            deltas += (name + ".",)
+        elif not deltas or not name.startswith(deltas):
+            yield name, module
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its path: the largest outermost `ModuleList`.
+
+    Raises: UserError if the model has none.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
+            lists[name] = module
+    if not lists:
+        raise UserError(f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers")
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def layer_of(model: nn.Module, name: str) -> int | None:
+    """The index of the decoder block that a path lies in, or None outside the blocks."""
+    prefix = decoder_blocks(model)[0] + "."
+    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+
+
+def layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> set[int] | None:
+    """`layers` as indices from 0; None stays None.
+
+    Raises: UserError for an index outside the model, or none at all.
+    """
+    if layers is None:
+        return None
+    count = len(decoder_blocks(model)[1])
+    wrong = [i for i in layers if not -count <= i < count]
+    if wrong or not layers:
+        raise UserError(f"layers {wrong or '[]'} are not in {_called(model)}.", found=f"{count} layers, 0 to {count - 1}, or -1 to -{count} from the end")  # fmt: skip
+    return {i % count for i in layers}
+
+
+def model_name(model: nn.Module) -> str:
+    """What the model is called: the last part of where it was loaded from, else its class."""
+    path = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return path.rstrip("/").split("/")[-1]
+
+
+def leaf(name: str) -> str:
+    """The last part of a module path."""
+    return name.rsplit(".", 1)[-1]
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a name, shell pattern or `re:` pattern matches a dotted path; all but `re:` may leave out its start.
+
+    Raises: UserError for a faulty regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise UserError(f"'{pattern}' is no regular expression.", found=str(error)) from None
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def _split(targets: str | Sequence[str]) -> list[str]:
+    if isinstance(targets, str):
+        single = targets in PRESETS or targets.startswith("re:")
+        targets = [targets] if single else [t.strip() for t in targets.split(",") if t.strip()]
+    if not targets:
+        raise UserError("no targets are named.", nearest=PRESETS, next="for example targets: attention")
+    return list(targets)
+
+
+def _called(model: nn.Module) -> str:
+    """Name and size, for messages: 'stories260K (5 layers, 35 linears)'."""
+    inside = [m for _, m in base_modules(model) if isinstance(m, nn.ModuleList)]
+    layers = f"{len(decoder_blocks(model)[1])} layers, " if inside else ""
+    return f"{model_name(model)} ({layers}{len(linears(model))} linears)"
+
+
+def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    prefix = decoder_blocks(model)[0] + "."
+    return {name: module for name, module in linears(model).items() if name.startswith(prefix)}
+
+
+def _in_attention(name: str) -> bool:
+    *parents, last = name.split(".")
+    return any("attn" in part.lower() or "attention" in part.lower() for part in parents) or last in QUERY | VALUE | FUSED
+
+
+def _preset(model: nn.Module, preset: str) -> set[str]:
+    """The linears of a preset.
+
+    Raises: UserError, naming the modules, where the model keeps them in a form that the preset would have to skip.
+    """
+    inside = _in_blocks(model)
+    if preset in ("mlp", "all-linear"):
+        _refuse_experts(model, f"preset '{preset}'")
+    if preset == "q,v":
+        found = {name for name in inside if leaf(name) in QUERY | VALUE}
+        fused = sorted({leaf(name) for name in inside if leaf(name) in FUSED})
+        if not found and fused:
+            raise UserError(f"preset 'q,v' matches nothing in {_called(model)}: query, key and value are one fused linear there.",
+                            found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
+    else:
+        keep: dict[str, Callable[[str], bool]] = {"attention": _in_attention, "mlp": lambda n: not _in_attention(n), "all-linear": lambda n: True}
+        found = {name for name in inside if keep[preset](name)}
+    if not found:
+        raise UserError(f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model))
+    return found
+
+
+def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> set[str]:
+    found = {name for name in all_linears if pattern_matches(target, name)}
+    if found:
+        return found
+    other = [(name, type(m).__name__) for name, m in base_modules(model) if name and pattern_matches(target, name)]
+    other += [(name, f"a parameter of shape {tuple(p.shape)}") for name, p in model.named_parameters() if pattern_matches(target, name)]
+    if other:
+        raise UserError(f"target '{target}' matches no linear of {_called(model)}.", found=f"it matches {other[0][0]}, {_article(other[0][1])}: a delta sits on linears",
+                        nearest=PRESETS, next=_see(model))  # fmt: skip
+    counts = Counter(leaf(name) for name in all_linears)
+    near = nearest(leaf(target), counts) or list(counts)[:3]
+    raise UserError(f"target '{target}' matches no module of {_called(model)}.", found=f"presets: {'  '.join(PRESETS)}",
+                    nearest=[f"{name} ({counts[name]})" for name in near], next=_see(model))  # fmt: skip
+
+
+def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:
+    """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
+    owners: dict[int, list[str]] = {}
+    for name, module in base_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    modules = dict(base_modules(model))
+    for name in sorted(chosen):
+        others = [o for o in owners.get(id(modules[name]._parameters.get("weight")), [name]) if o != name]
+        if others:
+            raise UserError(f"target '{name}' shares its weight with {', '.join(others)} (tied), so no delta goes there.",
+                            next="leave it out, or load the model with tie_word_embeddings=False")  # fmt: skip
+
+
+def _refuse_experts(model: nn.Module, what: str) -> None:
+    prefix = decoder_blocks(model)[0] + "."
+    stacked = [(n, tuple(p.shape)) for n, p in model.named_parameters() if n.startswith(prefix) and p.ndim == 3]
+    if stacked:
+        name, shape = stacked[0]
+        raise UserError(f"{what}: {_called(model)} holds experts as 3-D parameters, which no delta covers.",
+                        found=f"{len(stacked)}, the first is {name} {shape}", next="name the linears that you want, or the preset 'attention'")  # fmt: skip
+
+
+def _names(found: dict[str, nn.Module]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in Counter(leaf(n) for n in found).items()) or "no linear in the blocks"
+
+
+def _see(model: nn.Module) -> str:
+    return f"see every name: deltalab targets {getattr(getattr(model, 'config', None), '_name_or_path', '') or model_name(model)}"
+
+
+def _article(kind: str) -> str:
+    return kind if kind.startswith("a ") else f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
