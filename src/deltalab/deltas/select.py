@@ -212,8 +212,8 @@ def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> 
                         nearest=PRESETS, next=_see(model))  # fmt: skip
     counts = Counter(leaf(name) for name in all_linears)
     near = nearest(leaf(target), counts) or list(counts)[:3]
-    raise UserError(f"target '{target}' matches no module of {_called(model)}.", found=f"presets: {'  '.join(PRESETS)}",
-                    nearest=[f"{name} ({counts[name]})" for name in near], next=_see(model))  # fmt: skip
+    raise UserError(f"target '{target}' matches no module of {_called(model)}.", nearest=[f"{name} ({counts[name]})" for name in near],
+                    next=f"one of the presets: {'  '.join(PRESETS)}\n  {_see(model)}")  # fmt: skip
 
 
 def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:

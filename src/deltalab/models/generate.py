@@ -1,0 +1,224 @@
+"""Text out of a model: batches of prompts, padded on the left, with results in the order of the prompts.
+
+What a prompt gets does not depend on the prompts beside it in a batch: positions count from its own first token,
+padding is masked, the room for its reply is its own, and sampling draws from a generator of its own.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from deltalab.core.errors import UserError
+from deltalab.core.shapes import Float
+from deltalab.data.template import ChatTemplate
+
+Prompt = str | Sequence[Mapping[str, str]]
+TooLong = Literal["error", "cut"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply. tokens: how many it has; finished: the model ended it; cut: the prompt lost its beginning."""
+
+    prompt: str
+    text: str
+    tokens: int
+    finished: bool
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt on its way: token ids, tokens that fit behind them, the seed of its samples."""
+
+    index: int
+    ids: list[int]
+    room: int
+    seed: int
+    cut: bool
+
+
+def generate(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
+    max_new_tokens: int = 64, batch_size: int = 32, system: str | None = None, template: bool = True,
+    temperature: float = 0.0, seed: int = 0, too_long: TooLong = "error", on_progress: Callable[[int, int], None] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Replies to prompts, in their order.
+
+    prompts: a user's message each, or a list of messages. template: render with the tokenizer's chat template (a plain
+    `User: …` where it has none); otherwise the prompt is continued as it is. temperature: 0 is greedy. seed: of the
+    samples; the same prompt given twice gets two samples. too_long: for a prompt that leaves no room in the context:
+    an error, or `cut` its beginning off (marked in the result). A reply ends at the context's end.
+    on_progress(done, total) is called after each batch.
+    Raises: UserError for a prompt that is too long or empty, or an argument out of range.
+    """
+    if max_new_tokens < 1 or batch_size < 1 or temperature < 0:
+        raise UserError(f"cannot generate with max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}.",
+                        next="the first two are at least 1, the temperature at least 0")  # fmt: skip
+    texts = [_text(tokenizer, prompt, system, template) for prompt in prompts]
+    rows = _rows(model, tokenizer, texts, template, max_new_tokens, seed, too_long)
+    results: dict[int, Generation] = {}
+    stops = stop_tokens(model, tokenizer)
+    with _ready(model):
+        for batch in _batches(rows, batch_size):
+            replies = _reply(model, tokenizer, batch, temperature, stops)
+            for row, reply in zip(batch, replies, strict=True):
+                end = next((i for i, token in enumerate(reply) if token in stops), None)
+                body = reply if end is None else reply[:end]
+                results[row.index] = Generation(_shown(prompts[row.index]), tokenizer.decode(body, skip_special_tokens=True),
+                                                len(body) + (end is not None), end is not None, row.cut)  # fmt: skip
+            if on_progress:
+                on_progress(len(results), len(rows))
+    return [results[i] for i in range(len(rows))]
+
+
+def first_token_logprobs(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
+    batch_size: int = 32, system: str | None = None, template: bool = True, too_long: TooLong = "error",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "n vocab"]:  # fmt: skip
+    """Log-probabilities of the first token of the reply to each prompt, in fp32 on the CPU. Arguments as `generate`."""
+    texts = [_text(tokenizer, prompt, system, template) for prompt in prompts]
+    rows = _rows(model, tokenizer, texts, template, 1, 0, too_long)
+    if not rows:
+        return torch.zeros(0, model.config.vocab_size)
+    parts: dict[int, Tensor] = {}
+    with _ready(model):
+        for batch in _batches(rows, batch_size):
+            ids, attention = _pad_left(batch, tokenizer.pad_token_id or 0, model.device)
+            positions = (attention.cumsum(-1) - 1).clamp_min(0)
+            logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=1).logits
+            for row, values in zip(batch, logits[:, -1].float().log_softmax(-1).cpu(), strict=True):
+                parts[row.index] = values
+            if on_progress:
+                on_progress(len(parts), len(rows))
+    return torch.stack([parts[i] for i in range(len(rows))])
+
+
+def stop_tokens(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a reply: the model's own list and the tokenizer's end token."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
+
+
+class _Sample(transformers.LogitsProcessor):
+    """Sampling as an argmax: log p / T plus Gumbel noise, drawn from each row's own generator.
+
+    The argmax of log p / T + Gumbel noise is distributed as softmax(log p / T), so greedy decoding samples.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        return scores / self.temperature + noise.to(scores.device, scores.dtype)
+
+
+def _reply(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, batch: Sequence[_Row],
+    temperature: float, stops: list[int],
+) -> list[list[int]]:  # fmt: skip
+    """The new tokens of each row, stop token included."""
+    ids, attention = _pad_left(batch, tokenizer.pad_token_id or 0, model.device)
+    sample = [_Sample([row.seed for row in batch], temperature)] if temperature > 0 else []
+    config = transformers.GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=max(row.room for row in batch),
+        eos_token_id=stops or None, pad_token_id=tokenizer.pad_token_id or 0, bos_token_id=tokenizer.bos_token_id)  # fmt: skip
+    out = model.generate(ids, attention_mask=attention, generation_config=config, logits_processor=transformers.LogitsProcessorList(sample))
+    new = out[:, ids.shape[1] :].tolist()
+    replies = []
+    for row in new:
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        replies.append(row[:end])
+    return replies
+
+
+def _rows(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str], template: bool,
+    max_new_tokens: int, seed: int, too_long: TooLong,
+) -> list[_Row]:  # fmt: skip
+    """Token ids and room of every prompt; all that are too long or empty are reported before anything runs."""
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    seen: Counter[str] = Counter()
+    rows, long = [], []
+    for index, text in enumerate(texts):
+        ids = list(tokenizer(text, add_special_tokens=not template)["input_ids"])
+        if not ids:
+            raise UserError(f"prompt {index} is empty.", next="leave it out, or use the chat template")
+        cut = len(ids) >= context
+        if cut:
+            long.append((index, len(ids)))
+            ids = ids[-max(context - max_new_tokens, 1) :]
+        seen[text] += 1
+        rows.append(_Row(index, ids, min(max_new_tokens, context - len(ids)), _seed(seed, text, seen[text]), cut))
+    if long and too_long == "error":
+        index, length = max(long, key=lambda item: item[1])
+        raise UserError(f"{len(long)} of {len(texts)} prompts leave no room for a reply: prompt {index} has {length} tokens, the context is {context}.",
+                        next="shorten them, or pass too_long='cut' to cut their beginning off")  # fmt: skip
+    return rows
+
+
+def _batches(rows: Sequence[_Row], size: int) -> Iterator[list[_Row]]:
+    """Rows of like length together, the longest first; rows of one batch have the same room."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: (row.room, -len(row.ids))):
+        if batch and (len(batch) == size or row.room != batch[0].room):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _pad_left(batch: Sequence[_Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (batch, longest)."""
+    longest = max(len(row.ids) for row in batch)
+    ids = torch.tensor([[pad] * (longest - len(row.ids)) + row.ids for row in batch], device=device)
+    mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in batch], device=device)
+    return ids, mask
+
+
+def _text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt, system: str | None, template: bool) -> str:
+    if not template:
+        if not isinstance(prompt, str) or system:
+            raise UserError("without a chat template a prompt is plain text.", next="pass strings and no system prompt, or template=True")
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return ChatTemplate(tokenizer).prompt(messages)
+
+
+def _shown(prompt: Prompt) -> str:
+    """The prompt as the result names it: the text, or the last user message."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+
+
+def _seed(seed: int, text: str, occurrence: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {occurrence} {text}".encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """Eval mode and no gradients; the mode as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
