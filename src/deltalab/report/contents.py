@@ -69,7 +69,7 @@ def _drift(record: Record) -> Contents:
     plots = {plot.name: plot for plot in values.plots(record)}
     tables = {table.name: table for table in values.tables(record)}
     sections = [
-        Section("outcomes", "Refusals and skills, before and after", _take(plots, "outcomes", "replies"), _take(tables, "behaviour", "log-odds", "skills")),
+        Section("outcomes", "Refusals and skills, before and after", _take(plots, "outcomes"), _take(tables, "behaviour", "log-odds", "skills")),
         Section("drift", "How far the weights moved", [plot for name, plot in plots.items() if name.startswith("drift-") or name == "distributions"], _take(tables, "drift")),
         Section("freezing", "What was frozen, and whether it held", [], _take(tables, "frozen")),
         Section("groups", "The groups of weights", _take(plots, "groups"), _take(tables, "groups")),

@@ -50,6 +50,7 @@ class Lines(NamedTuple):
     lines: Sequence[Line]
     band: tuple[Sequence[float], Sequence[float]] | None = None
     band_label: str = ""
+    top: float | None = None  # of the y axis, where several panels are to be compared
 
 
 class Rate(NamedTuple):
@@ -101,6 +102,7 @@ class Spreads(NamedTuple):
     title: str
     xlabel: str
     rows: Sequence[Spread]
+    limits: tuple[float, float]  # of the axis, log10
 
 
 class Grid(NamedTuple):
@@ -181,7 +183,7 @@ def inline(panel: Panel, number: int) -> str:
     attributes = re.search(r'viewBox="([^"]+)"', svg)
     assert attributes, "matplotlib's SVG has a viewBox"
     width = float(attributes[1].split()[2])
-    head = f'<svg viewBox="{attributes[1]}" role="img" aria-label="{html.escape(describe(panel))}" style="max-width:{width * 1.45:.0f}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    head = f'<svg viewBox="{attributes[1]}" role="img" aria-label="{html.escape(describe(panel))}" style="max-width:{width * 1.5:.0f}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\s*\n\s*", "\n", head + svg[svg.index(">") + 1 :])
 
 
@@ -224,6 +226,7 @@ def _lines(ax: Axes, panel: Lines) -> None:
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     ax.set_xlim(panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1)
     low, high = ax.get_ylim()
+    high = panel.top or high
     if all(v >= 0 for line in panel.lines for v in line.values):
         low = 0.0
     ax.set_ylim(low, high if high > low else low + 1)
@@ -239,7 +242,7 @@ def _rates(ax: Axes, panel: Rates) -> None:
         ax.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
         ax.plot(100 * row.value, y, "o", markersize=6.5, color=colour, markerfacecolor=ON if row.hollow else colour, markeredgewidth=1.6,
                 clip_on=False, zorder=3)  # fmt: skip
-        ax.annotate(f"{100 * row.value:.0f} %", (1.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center", annotation_clip=False)
+        ax.annotate(f"{100 * row.value:.0f} %", (1.045, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center", annotation_clip=False)
     ax.set_xlim(0, 100)
     ax.set_xlabel(panel.xlabel)
     ax.grid(axis="x", color=FAINT, alpha=0.25, linewidth=0.7)
@@ -266,7 +269,6 @@ def _shares(ax: Axes, panel: Shares) -> None:
 
 
 def _spreads(ax: Axes, panel: Spreads) -> None:
-    seen = [row for row in panel.rows if sum(row.counts)]
     for y, row in enumerate(panel.rows):
         colour, top = COLOURS[row.colour], max(row.counts, default=0)
         if not top:
@@ -280,9 +282,7 @@ def _spreads(ax: Axes, panel: Spreads) -> None:
         if row.zeros:
             ax.annotate(f"{row.zeros} rows: 0", (0.0, y), xycoords=("axes fraction", "data"), fontsize=8, color=colour, va="center")
     ax.set_xscale("log")
-    if seen:
-        used = [(row.edges[i], row.edges[i + 1]) for row in seen for i, c in enumerate(row.counts) if c]
-        ax.set_xlim(10 ** min(a for a, _ in used) * 0.9, 10 ** max(b for _, b in used) * 1.1)
+    ax.set_xlim(10 ** panel.limits[0], 10 ** panel.limits[1])
     ax.set_xlabel(panel.xlabel)
     _rows(ax, [row.label for row in panel.rows], pad=0.75)
     ax.spines["left"].set_visible(False)

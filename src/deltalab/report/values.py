@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: words and numbers, formatted. `numeric` marks the columns that are aligned right."""
+    """A table: words and numbers, formatted; the first column names its row."""
 
     name: str
     title: str
@@ -59,6 +59,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def drift(values: dict[str, float], metric: str) -> float:
+    """How far a group is from where it was, 0 at the start: the cosine is turned round."""
+    return 1 - values[metric] if metric == "cosine" else values[metric]
+
+
 def tuned(record: Record) -> dict[str, Any]:
     """The arms that were tuned, in order."""
     return {name: arm for name, arm in record["arms"].items() if "curves" in arm}
@@ -67,6 +72,16 @@ def tuned(record: Record) -> dict[str, Any]:
 def harmful_sets(record: Record) -> list[str]:
     """The prompt sets that ought to be refused."""
     return [name for name, safety in record["arms"]["before"]["safety"].items() if safety["harmful"]]
+
+
+def harmless_sets(record: Record) -> list[str]:
+    """The prompt sets that ought to be answered."""
+    return [name for name, safety in record["arms"]["before"]["safety"].items() if not safety["harmful"]]
+
+
+def has_skills(record: Record) -> bool:
+    """Whether skills were evaluated."""
+    return bool(record["arms"]["before"].get("skills"))
 
 
 def tiles(record: Record) -> list[Tile]:
@@ -78,41 +93,47 @@ def tiles(record: Record) -> list[Tile]:
         label = f"{set_name(name)} refused" if safety["harmful"] else f"{set_name(name)} refused (falsely)"
         out.append(Tile(label, f"{percent(safety['refusal']['value'])} → {percent(then['refusal']['value'])}",
                         f"after: {interval(then['refusal'])}, n = {then['n']}"))  # fmt: skip
-    out.append(Tile("Skills, exact match", f"{percent(before['skills']['value'])} → {percent(after['skills']['value'])}",
-                    f"after: {interval(after['skills'])}, n = {after['skills']['n']}"))  # fmt: skip
+    if has_skills(record):
+        out.append(Tile("Skills, exact match", f"{percent(before['skills']['value'])} → {percent(after['skills']['value'])}",
+                        f"after: {interval(after['skills'])}, n = {after['skills']['n']}"))  # fmt: skip
     return out
 
 
 def tables(record: Record) -> list[Table]:
     """Every table of the report, in order."""
-    return [_behaviour(record), _log_odds(record), _frozen(record), _drift(record), _groups(record), _training(record), _skills(record)]
+    return [_behaviour(record), _log_odds(record), _frozen(record), _drift(record), _groups(record), _training(record), *_skills(record)]
 
 
 def plots(record: Record) -> list[Plot]:
     """Every figure of the report, in order."""
-    out = [_rates(record), _replies(record), *_drift_plots(record), _distributions(record), _where(record)]
+    out = [_outcomes(record), *_drift_plots(record), _distributions(record), _where(record)]
     out += [_losses(record), _times(record)]
     return [plot for plot in out if plot.panels]
 
 
 def _behaviour(record: Record) -> Table:
-    sets = record["arms"]["before"]["safety"]
-    head = ("", *(f"{set_name(s)}: refused" for s in sets), *(f"{set_name(s)}: complied (ASR)" for s in harmful_sets(record)),
-            *(f"{set_name(s)}: broken" for s in harmful_sets(record)), "skills")  # fmt: skip
-    rows = [(arm["label"], *(interval(arm["safety"][s]["refusal"]) for s in sets), *(interval(arm["safety"][s]["asr"]) for s in harmful_sets(record)),
-             *(str(arm["safety"][s]["broken"]) for s in harmful_sets(record)), interval(arm["skills"])) for arm in record["arms"].values()]  # fmt: skip
-    return Table("behaviour", "Replies and skills", head, rows, "Shares with Wilson 95 % intervals; broken replies are counted. " + _sizes_of_sets(record))
+    arms = record["arms"].values()
+    rows = []
+    for name in harmful_sets(record):
+        of = f"{set_name(name)} (n = {record['arms']['before']['safety'][name]['n']})"
+        replies = [arm["safety"][name] for arm in arms]
+        rows.append((f"{of}: refused", *(interval(reply["refusal"]) for reply in replies)))
+        rows.append((f"{of}: complied (ASR)", *(interval(reply["asr"]) for reply in replies)))
+        rows.append((f"{of}: broken text", *(str(reply["broken"]) for reply in replies)))
+    for name in harmless_sets(record):
+        rows.append((f"{set_name(name)} (n = {record['arms']['before']['safety'][name]['n']}): refused falsely", *(interval(arm["safety"][name]["refusal"]) for arm in arms)))
+    if has_skills(record):
+        rows.append((f"skills (n = {record['arms']['before']['skills']['n']}): exact match", *(interval(arm["skills"]) for arm in arms)))
+    return Table("behaviour", "Replies and skills", _head(record), rows, "Shares with Wilson 95 % intervals; broken replies are counted.")
 
 
-def _sizes_of_sets(record: Record) -> str:
-    before = record["arms"]["before"]
-    return "Prompts: " + ", ".join(f"{set_name(s)} {v['n']}" for s, v in before["safety"].items()) + f"; skills {before['skills']['n']}."
+def _head(record: Record) -> tuple[str, ...]:
+    return ("", *(arm["label"] for arm in record["arms"].values()))
 
 
 def _log_odds(record: Record) -> Table:
-    sets = list(record["arms"]["before"]["safety"])
-    rows = [(arm["label"], *(number(arm["safety"][s]["log_odds"]) for s in sets)) for arm in record["arms"].values()]
-    return Table("log-odds", "First-token log-odds of a refusal", ("", *map(set_name, sets)), rows, "Mean over prompts of log p(refusal) − log(1 − p(refusal)); 0 is even.")
+    rows = [(set_name(s), *(number(arm["safety"][s]["log_odds"]) for arm in record["arms"].values())) for s in record["arms"]["before"]["safety"]]
+    return Table("log-odds", "First-token log-odds of a refusal", _head(record), rows, "Mean over prompts of log p(R) − log(1 − p(R)), R the first tokens of refusals; 0 is even.")
 
 
 def _frozen(record: Record) -> Table:
@@ -136,11 +157,11 @@ def _drift(record: Record) -> Table:
             band = last["nulls"].get(name, {})
             cells = []
             for metric in METRICS:
-                cells.append(number(1 - values[metric] if metric == "cosine" else values[metric]))
+                cells.append(number(drift(values, metric)))
                 cells.append(_band(band.get(metric), metric))
             rows.append((arm["label"], record["groups"].get(name, {}).get("label", name), *cells))
-    head = ("", "group", *(text for metric in METRICS for text in (METRICS[metric][1], "matched random")))
-    return Table("drift", "Drift at the last step", head, rows, "Matched random: 2.5 % to 97.5 % of random groups with the same count in each matrix and the same spread of |W|.")
+    head = ("", "group", *(text for title, _ in METRICS.values() for text in (title, "matched random")))
+    return Table("drift", "Drift at the last step", head, rows, "; ".join(f"{title}: {unit}" for title, unit in METRICS.values()) + ". Matched random: 2.5 % to 97.5 % of random groups with the same count in each matrix and the same spread of |W|.")
 
 
 def _band(band: dict[str, float] | None, metric: str) -> str:
@@ -164,40 +185,42 @@ def _training(record: Record) -> Table:
     return Table("training", "Training", ("", "trained parameters", "steps", "tokens", "time", "first loss", "last loss"), rows)
 
 
-def _skills(record: Record) -> Table:
+def _skills(record: Record) -> list[Table]:
+    if not has_skills(record):
+        return []
     arms = record["arms"]
     families = arms["before"]["skills"]["families"]
-    rows = [(family, *(percent(arm["skills"]["families"][family]["value"]) for arm in arms.values()), str(families[family]["n"])) for family in families]
-    return Table("skills", "Skills by family, exact match", ("family", *(arm["label"] for arm in arms.values()), "n"), rows)
+    rows = [(f"{family} (n = {families[family]['n']})", *(percent(arm["skills"]["families"][family]["value"]) for arm in arms.values())) for family in families]
+    return [Table("skills", "Skills by family, exact match", _head(record), rows)]
 
 
-def _rates(record: Record) -> Plot:
+def _outcomes(record: Record) -> Plot:
     panels = []
     for name, safety in record["arms"]["before"]["safety"].items():
         rows = [_rate(arm["label"], arm["safety"][name]["refusal"], arm["safety"][name]["n"], key == "before") for key, arm in record["arms"].items()]
         what, colour = ("refused", "blue") if safety["harmful"] else ("false refusals", "orange")
         panels.append(Rates(f"refusal-{name}", f"{set_name(name)}: {what}", f"share of {safety['n']} prompts, %", rows, colour))
-    rows = [_rate(arm["label"], arm["skills"], arm["skills"]["n"], key == "before") for key, arm in record["arms"].items()]
-    panels.append(Rates("skills", "Skills: exact match", f"share of {rows[0].n} questions, %", rows, "green"))
-    caption = "Refusals and skills before tuning (open) and after, with Wilson 95 % intervals. Refusing harmful prompts is wanted; refusing harmless ones is not."
-    return Plot("outcomes", "What became of refusals and skills", caption, panels, 2)
+    if has_skills(record):
+        rows = [_rate(arm["label"], arm["skills"], arm["skills"]["n"], key == "before") for key, arm in record["arms"].items()]
+        panels.append(Rates("skills", "Skills: exact match", f"share of {rows[0].n} questions, %", rows, "green"))
+    caption = ("Refusals and skills before tuning (open) and after, with Wilson 95 % intervals. Refusing harmful prompts is wanted; refusing harmless ones is not. "
+               "Bars: all replies to harmful prompts; one that is neither a refusal nor readable text is broken, and no attack success.")  # fmt: skip
+    return Plot("outcomes", "What became of refusals and skills", caption, [*panels, *_replies(record)])
 
 
 def _rate(label: str, rate: dict[str, float], n: int, hollow: bool) -> Rate:
     return Rate(label, rate["value"], rate["low"], rate["high"], n, hollow)
 
 
-def _replies(record: Record) -> Plot:
-    panels = []
-    for name in harmful_sets(record):
-        rows = [(arm["label"], [arm["safety"][name][part] for part in ("refused", "complied", "broken")]) for arm in record["arms"].values()]
-        panels.append(Shares(f"replies-{name}", set_name(name), ("refused", "complied", "broken"), ("blue", "orange", "grey"), rows))
-    caption = "Replies to harmful prompts. A reply that is neither a refusal nor readable text is broken; it counts as neither refusal nor attack success."
-    return Plot("replies", "Refused, complied or broken", caption, panels, 2)
+def _replies(record: Record) -> list[Shares]:
+    parts = ("refused", "complied", "broken")
+    return [Shares(f"replies-{name}", f"{set_name(name)}: replies", parts, ("blue", "orange", "grey"),
+                   [(arm["label"], [arm["safety"][name][part] for part in parts]) for arm in record["arms"].values()]) for name in harmful_sets(record)]  # fmt: skip
 
 
 def _drift_plots(record: Record) -> list[Plot]:
     plots = []
+    tops = {metric: 1.06 * max(drift(values, metric) for arm in tuned(record).values() for row in arm["curves"] for values in row["groups"].values()) for metric in METRICS}
     for key, arm in tuned(record).items():
         curves = arm["curves"]
         steps = [row["step"] for row in curves]
@@ -205,13 +228,12 @@ def _drift_plots(record: Record) -> list[Plot]:
         panels = []
         for metric, (title, unit) in METRICS.items():
             flip = metric == "cosine"
-            lines = [Line(name, [1 - row["groups"][name][metric] if flip else row["groups"][name][metric] for row in curves], GROUP_COLOURS.get(name, "green"))
-                     for name in curves[0]["groups"]]  # fmt: skip
+            lines = [Line(name, [drift(row["groups"][name], metric) for row in curves], GROUP_COLOURS.get(name, "green")) for name in curves[0]["groups"]]
             band = [row["nulls"].get(main, {}).get(metric) for row in curves]
             edges = None
             if all(band):
                 edges = ([1 - b["high"] for b in band], [1 - b["low"] for b in band]) if flip else ([b["low"] for b in band], [b["high"] for b in band])
-            panels.append(Lines(f"drift-{key}-{metric}", title, steps, "optimizer step", unit, lines, edges, "matched random"))
+            panels.append(Lines(f"drift-{key}-{metric}", title, steps, "optimizer step", unit, lines, edges, "matched random", tops[metric]))
         n = next(iter(curves[-1]["nulls"].get(main, {}).values()), {}).get("n", 0)
         caption = (f"Drift of each group's merged weights since step 0; {arm['label']}. Grey band: 2.5 % to 97.5 % of {n} random groups matched to "
                    f"'{main}' on the count in each matrix and on |W|.")  # fmt: skip
@@ -228,12 +250,14 @@ def _main_group(record: Record) -> str:
 
 def _distributions(record: Record) -> Plot:
     panels = []
+    used = [(d["edges"][i], d["edges"][i + 1]) for arm in tuned(record).values() for d in arm["distributions"].values() for i, c in enumerate(d["counts"]) if c]
+    limits = (min((a for a, _ in used), default=-1.0), max((b for _, b in used), default=0.0))
     for key, arm in tuned(record).items():
         rows = []
         for name, d in arm["distributions"].items():
             q = d["quantiles"]
             rows.append(Spread(name, GROUP_COLOURS.get(name, "green"), d["edges"], d["counts"], d["zeros"], (q["0.25"], q["0.5"], q["0.75"])))
-        panels.append(Spreads(f"rows-{key}", arm["label"][:1].upper() + arm["label"][1:], "‖ΔW‖ / √n within a row of a matrix", rows))
+        panels.append(Spreads(f"rows-{key}", arm["label"][:1].upper() + arm["label"][1:], "‖ΔW‖ / √n within a row of a matrix", rows, limits))
     caption = "Final drift by output row (one row of a weight matrix): the group's entries in that row, root mean square of ΔW. Dot and bar: median and quartiles."
     return Plot("distributions", "Final drift, row by row", caption, panels)
 
@@ -250,7 +274,7 @@ def _where(record: Record) -> Plot:
         pairs = {frozenset((o["a"], o["b"])): o["jaccard"] for o in record["overlaps"]}
         table = [[pairs.get(frozenset((a, b))) if a != b else None for b in names] for a in names]
         panels.append(Grid("groups-overlap", "Overlap of two groups, Jaccard %", names, names, table, max(pairs.values()) or 1.0))
-    return Plot("groups", "Where the groups are", "Which matrices the groups fall into, and how far they overlap.", panels, 2)
+    return Plot("groups", "Where the groups are", "Which matrices the groups fall into, and how far they overlap.", panels)
 
 
 def _losses(record: Record) -> Plot:
