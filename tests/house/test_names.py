@@ -25,9 +25,16 @@ HEAVY = {
 
 
 def mentions(path: Path, names: set[str]) -> list[str]:
-    """`file:line: name` for each use of a name in code: as identifier, attribute, import, or whole string."""
+    """`file:line: name` for each use of a name in code: as identifier, attribute, import, or whole string.
+
+    The default of a spec, in a constant `DEFAULT_…`, may name what a user would write there.
+    """
     found = []
+    defaults = [node for node in tree(path).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("DEFAULT_")]
+    allowed = {id(inner) for node in defaults for inner in ast.walk(node)}
     for node in ast.walk(tree(path)):
+        if id(node) in allowed:
+            continue
         if isinstance(node, ast.Name):
             used = [node.id]
         elif isinstance(node, ast.Attribute):
@@ -48,7 +55,7 @@ def _tag(spec: type) -> list[str]:
 
 
 def test_only_the_table_and_its_own_file_name_a_method() -> None:
-    """Its class, its module and its tag. Specs in YAML, the lazy public names and tests may name methods."""
+    """Its class, its module and its tag. Specs, their defaults, the lazy public names and tests may name methods."""
     from deltalab.deltas import METHODS, methods
 
     table, wrong = {PACKAGE / "deltas" / "__init__.py", PACKAGE / "__init__.py"}, []
