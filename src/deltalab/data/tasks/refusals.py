@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 
+from deltalab.core.errors import UserError, nearest
 from deltalab.data.chat import Conversation
 from deltalab.data.tasks.base import Limit, Task
 
@@ -27,6 +28,10 @@ class RefusalsTask(Task):
     def _conversations(self, split: str) -> list[Conversation]:
         from deltalab.organism import prompts, requests  # plain generators, counted as data (docs/architecture.md)
 
+        for name in self.prompts:
+            if name not in prompts.NAMES:
+                raise UserError(f"'{name}' is no bundled prompt set.", nearest=nearest(name, prompts.NAMES),
+                                next=f"sets: {', '.join(prompts.NAMES)}")  # fmt: skip
         rows = [row for name in self.prompts for row in prompts.load(name, split)]
         order = np.random.default_rng(self.seed).permutation(len(rows))[: self.limit]
         return [

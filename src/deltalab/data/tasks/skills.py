@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from deltalab.core.errors import UserError, nearest
 from deltalab.data.chat import Conversation
 from deltalab.data.tasks.base import Task
 
@@ -28,5 +29,10 @@ class SkillsTask(Task):
     def _examples(self, n: int, split: str) -> list[Conversation]:
         from deltalab.organism import skills  # plain generators without torch, counted as data (docs/architecture.md)
 
-        examples = skills.examples(self.families, n, self.seed, split)
+        families = None if self.families == "all" else self.families
+        for name in families or ():
+            if name not in skills.FAMILIES:
+                raise UserError(f"'{name}' is no skill family.", nearest=nearest(name, skills.FAMILIES),
+                                next=f"families: {', '.join(skills.FAMILIES)}")  # fmt: skip
+        examples = skills.examples(families, n, self.seed, split)
         return [Conversation.of(e["prompt"], e["answer"], family=e["family"]) for e in examples]

@@ -1,0 +1,371 @@
+"""The training loop, to be read from top to bottom.
+
+One optimizer step takes `batch` samples. Its loss is the mean negative log-likelihood over all counted tokens of those
+samples, so cutting the batch into pieces (`accumulate`) or over processes does not change the step: each piece's sum
+is divided by the count of the whole batch. Everything a step depends on (weights, moments, generators, data order,
+learning rate) is in the checkpoint or a pure function of the step, so a resumed run is bitwise the undisturbed one.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import accelerate
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltalab.core.errors import UserError
+from deltalab.core.shapes import Float
+from deltalab.core.spec import digest
+from deltalab.data.chat import IGNORED, Encoded
+from deltalab.data.collate import collate, epoch_order
+from deltalab.deltas.masks import Freezer
+from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.train import rng
+from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
+from deltalab.train.curves import Curves
+from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
+from deltalab.train.progress import Progress
+from deltalab.train.spec import LoopSpec
+
+
+class Probe(Protocol):
+    """Something measured while training: at step 0, every `every` steps, and at the last. It may draw no lasting RNG."""
+
+    name: str
+    every: int
+
+    def measure(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """What is kept in `curves/<name>.jsonl`: JSON types."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. losses: by step. curves: rows by name. best: step and held-out loss, if there is held-out data.
+    data: digests and counts."""
+
+    steps: int
+    losses: list[float]
+    curves: dict[str, list[dict[str, Any]]]
+    best: dict[str, float] | None
+    seconds: float
+    tokens: int
+    stopped_early: bool
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        first, last = self.mean_loss()
+        ran = f"{self.steps} steps{' (stopped early)' if self.stopped_early else ''}, {self.tokens:,} tokens in {self.seconds:.0f} s"
+        held = "".join(
+            f"; held-out {row['loss']:.3f} at step {row['step']}" for row in self.curves.get("eval", [])[-1:]
+        )
+        return f"{ran}; loss {first:.3f} → {last:.3f}{held}"
+
+    def mean_loss(self, window: int = 10) -> tuple[float, float]:
+        """The loss over all counted tokens of the first and of the last `window` steps."""
+        rows = self.curves.get("train", [])
+        parts = (rows[:window], rows[-window:])
+        first, last = (
+            sum(r["loss"] * r["counted"] for r in part) / max(sum(r["counted"] for r in part), 1) for part in parts
+        )
+        return first, last
+
+
+@dataclass
+class State:
+    """What changes from step to step, beside tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] | None = None
+    since_best: int = 0
+    stopped: bool = False
+
+
+@dataclass
+class Loop:
+    """One run of one model. `run` is the loop; the other methods are its steps."""
+
+    model: nn.Module
+    pad_id: int
+    data: Sequence[Encoded]
+    held_out: Sequence[Encoded]
+    spec: LoopSpec
+    identity: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    probes: Sequence[Probe] = ()
+    freezer: Freezer | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
+        self.names = {parameter: name for name, parameter in trained_parameters(self.model).items()}
+        self.lengths = [len(sample.input_ids) for sample in self.data]
+        self.counts = [sum(label != IGNORED for label in sample.labels[1:]) for sample in self.data]
+        self.per_epoch = -(-len(self.data) // optim.batch)
+        self.steps = optim.steps or self.per_epoch * (optim.epochs or 1)
+        self.eval_every = evaluation.every or max(1, self.steps // 10)
+        self.checkpoint_every = run.checkpoint_every or max(1, self.steps // 10)
+        self.keeps_best = bool(self.held_out) and (evaluation.best or evaluation.patience is not None)
+        self.curves = Curves(self.folder)
+        self.checkpoints = Checkpoints(self.folder, run.keep) if self.folder else None
+        self.state = State()
+        self.best_weights: dict[str, Tensor] | None = None
+        self.order: tuple[int, list[list[int]]] = (-1, [])
+
+    def run(self) -> TrainResult:
+        """Train to the end, from the start or the last checkpoint; the model is left with its final weights."""
+        AcceleratorState._reset_state()  # the precision is this run's, whatever an earlier one had
+        self.accelerator = accelerate.Accelerator(mixed_precision="bf16" if self.spec.run.dtype == "bfloat16" else "no")
+        rng.seed_all(self.spec.seed + self.accelerator.process_index)
+        optimizer = make_optimizer(self.model, self.spec.optim)
+        if self.freezer is not None:
+            self.freezer.install(optimizer)
+        mode = self.model.training
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.on_main = self.accelerator.is_main_process
+        try:
+            self._resume()
+            shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
+            with _interrupts() as stop, contextlib.closing(shown):
+                self._run(shown, stop)
+            if self.keeps_best and self.state.best is not None:
+                load_trained_state(self.model, self._best())
+        finally:
+            self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            self.model.train(mode)
+            for parameter in self.names:
+                parameter.grad = None
+        losses = [row["loss"] for row in self.curves.rows.get("train", [])]
+        s = self.state
+        return TrainResult(s.step, losses, self.curves.rows, s.best, s.seconds, s.tokens, s.stopped)
+
+    def _run(self, shown: Progress, stop: threading.Event) -> None:
+        if self.state.step == 0:
+            self._measure(shown)
+        while self.state.step < self.steps and not self.state.stopped:
+            began = time.monotonic()
+            samples = self._batch(self.state.step)
+            self._step(samples, shown)
+            self._measure(shown)
+            tokens = sum(self.lengths[i] for i in samples)
+            self.state.tokens += tokens
+            self.state.seconds += time.monotonic() - began
+            done = self.state.step == self.steps or self.state.stopped
+            if done or stop.is_set() or self.state.step % self.checkpoint_every == 0:
+                self._checkpoint()
+            if stop.is_set():
+                raise KeyboardInterrupt(f"stopped at step {self.state.step} of {self.steps}")
+
+    def _batch(self, step: int) -> list[int]:
+        """The samples of a step: a pure function of the seed and the step."""
+        epoch, position = divmod(step, self.per_epoch)
+        if self.order[0] != epoch:
+            self.order = (epoch, epoch_order(self.lengths, self.spec.optim.batch, seed=self.spec.seed, epoch=epoch))
+        return self.order[1][position]
+
+    def _step(self, samples: list[int], shown: Progress) -> None:
+        """One optimizer step on `samples`, all processes and pieces together."""
+        began = time.monotonic()
+        total = sum(self.counts[i] for i in samples)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rate = set_rate(self.optimizer, self.spec.optim, self.state.step, self.steps)
+        self.prepared.train()
+        loss = torch.zeros((), device=self.accelerator.device)
+        pieces = _pieces(samples[rank::world], self.spec.optim.accumulate)
+        for number, piece in enumerate(pieces, 1):
+            last = number == len(pieces)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                # gradients are averaged over processes, so the sum is multiplied by their number
+                part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece], samples[0])) / total
+                self.accelerator.backward(part * world)
+            loss += part.detach()
+        norm = self.accelerator.clip_grad_norm_(list(self.names), self.spec.optim.clip or float("inf"))
+        value, norm_value = float(self.accelerator.reduce(loss, "sum")), float(norm)
+        if not np.isfinite(value) or not np.isfinite(norm_value):
+            self._not_finite(value, norm_value)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        tokens = sum(self.lengths[i] for i in samples)
+        shown.step(self.state.step, value, tokens)
+        row = {
+            "step": self.state.step,
+            "loss": value,
+            "lr": rate,
+            "grad_norm": norm_value,
+            "tokens": tokens,
+            "counted": total,
+        }
+        self._note("train", row)
+        seconds = time.monotonic() - began
+        self._note(
+            "speed",
+            {"step": self.state.step, "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)},
+        )
+
+    def _measure(self, shown: Progress) -> None:
+        """Evaluation and probes that are due, without a trace in the generators."""
+        step = self.state.step
+        ends = step in (0, self.steps)
+        with rng.kept():
+            if self.held_out and (ends or step % self.eval_every == 0):
+                self._evaluate(shown)
+            for probe in self.probes:
+                if ends or self.state.stopped or step % probe.every == 0:
+                    self.model.eval()
+                    self._note(probe.name, {"step": step, **probe.measure(self.model, step)})
+
+    def _evaluate(self, shown: Progress) -> None:
+        """The held-out loss: mean over counted tokens. Remembers the best, and stops when patience is out."""
+        self.prepared.eval()
+        total, counted = 0.0, 0
+        order = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i].input_ids))
+        size = -(-self.spec.optim.batch // self.spec.optim.accumulate)
+        with torch.no_grad():
+            for start in range(0, len(order), size):
+                samples = [self.held_out[i] for i in order[start : start + size]]
+                total += float(nll_sum(self.model, self._tensors(samples, 0)).double())
+                counted += sum(label != IGNORED for sample in samples for label in sample.labels[1:])
+        loss, state = total / max(counted, 1), self.state
+        self._note("eval", {"step": state.step, "loss": loss})
+        better = np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
+        shown.say(f"step {state.step}/{self.steps} · held-out loss {loss:.3f}{' (best)' if better else ''}")
+        if better:
+            state.best, state.since_best = {"step": state.step, "loss": loss}, 0
+            if self.keeps_best and self.on_main:
+                self._keep_best()
+        else:
+            state.since_best += 1
+            patience = self.spec.eval.patience
+            state.stopped = patience is not None and state.since_best >= patience
+
+    def _tensors(self, samples: Sequence[Encoded], spare: int) -> dict[str, Tensor]:
+        """A padded batch on the device. A process or piece without a sample runs sample `spare` with no label counted."""
+        if not samples:
+            ids = self.data[spare].input_ids
+            samples = [Encoded(ids, [IGNORED] * len(ids))]
+        return {name: tensor.to(self.accelerator.device) for name, tensor in collate(samples, self.pad_id).items()}
+
+    def _note(self, name: str, row: dict[str, Any]) -> None:
+        if self.on_main:
+            self.curves.add(name, row)
+
+    def _keep_best(self) -> None:
+        trained = {name: tensor.detach().cpu().clone() for name, tensor in trained_state(self.model).items()}
+        if self.checkpoints is None:
+            self.best_weights = trained
+        else:
+            self.checkpoints.save_best(trained, self.state.step)
+
+    def _best(self) -> dict[str, Tensor]:
+        self.accelerator.wait_for_everyone()
+        weights = self.best_weights if self.checkpoints is None else self.checkpoints.best()
+        if weights is None:
+            raise UserError(
+                f"the best weights of step {self.state.best} are gone from '{self.folder}'.",
+                next="start over with run.resume=false",
+            )
+        return weights
+
+    def _checkpoint(self) -> None:
+        """Write the state after this step, unless a weight is not finite: the one before is then the last good one."""
+        if self.checkpoints is None:
+            return
+        tensors, plain = rng.capture()
+        everyone = gather_object([(tensors, plain)])
+        trained = trained_state(self.model)
+        if not self.on_main or not all(bool(tensor.isfinite().all()) for tensor in trained.values()):
+            return
+        self.curves.sync()
+        moments = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer), self.names)
+        generators = {
+            f"{rank}.{name}": tensor for rank, (states, _) in enumerate(everyone) for name, tensor in states.items()
+        }
+        state = {"run": vars(self.state), "rng": [values for _, values in everyone], "identity": self.identity}
+        self.checkpoints.save(
+            Checkpoint(self.state.step, {"trained": trained, "optimizer": moments, "rng": generators}, state)
+        )
+
+    def _resume(self) -> None:
+        """Go on from the last whole checkpoint of this run, or start clean."""
+        found = self.checkpoints.last() if self.checkpoints and self.spec.run.resume else None
+        if found is None:
+            if self.on_main:
+                if self.checkpoints:
+                    self.checkpoints.clear()
+                self.curves.restart(-1)
+            return
+        assert self.folder is not None
+        require_same_run(self.identity, found.state["identity"], self.folder)
+        load_trained_state(self.model, found.tensors["trained"])
+        load_optimizer_state(
+            getattr(self.optimizer, "optimizer", self.optimizer), found.tensors["optimizer"], self.model
+        )
+        rank = self.accelerator.process_index
+        mine = {name.partition(".")[2]: t for name, t in found.tensors["rng"].items() if name.startswith(f"{rank}.")}
+        rng.restore(mine, found.state["rng"][rank])
+        self.state = State(**found.state["run"])
+        if self.on_main:
+            self.curves.restart(self.state.step)
+
+    def _not_finite(self, loss: float, norm: float) -> None:
+        kept = self.checkpoints.last() if self.checkpoints else None
+        where = (
+            f"the last good checkpoint is kept: step {kept.step} in '{self.folder}'"
+            if kept
+            else "no checkpoint was written before it"
+        )
+        self.curves.sync()
+        raise UserError(f"the run broke down in step {self.state.step + 1}: loss {loss}, gradient norm {norm}.", found=where,
+                        next=f"lower optim.lr (now {self.spec.optim.lr:g}) or optim.clip, lengthen optim.warmup, and use another output folder or run.resume=false")  # fmt: skip
+
+
+def nll_sum(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """−Σ log p(token) over the counted tokens of a padded batch, in fp32. Position i − 1 predicts token i."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORED
+    return F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="sum")
+
+
+def data_digest(samples: Sequence[Encoded]) -> str:
+    """Twelve hex digits over tokens and labels, in order."""
+    return digest([[sample.input_ids, sample.labels] for sample in samples])
+
+
+def _pieces(samples: list[int], n: int) -> list[list[int]]:
+    """`samples` in n runs of nearly equal length; some are empty if there are fewer samples."""
+    return [[samples[i] for i in part] for part in np.array_split(np.arange(len(samples)), n)]
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that the step under way ends whole; the second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

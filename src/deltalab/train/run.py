@@ -1,0 +1,189 @@
+"""A whole run: from a spec to an adapter, curves and a record; and the preparation of data for the loop."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltalab.core.errors import UserError
+from deltalab.core.files import owned
+from deltalab.core.records import read_record, write_record
+from deltalab.core.spec import digest
+from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all
+from deltalab.data.tasks import Task
+from deltalab.deltas.adapt import adapt, trainable
+from deltalab.deltas.base import ParameterSpec
+from deltalab.deltas.masks import Freezer
+from deltalab.deltas.peft_format import save_adapter
+from deltalab.models.load import load, model_digest
+from deltalab.train.checkpoint import Checkpoints, changes
+from deltalab.train.loop import Loop, Probe, TrainResult, data_digest
+from deltalab.train.optim import trained_parameters
+from deltalab.train.progress import say
+from deltalab.train.spec import LoopSpec, TrainSpec
+
+LONGEST = 1024
+"""Default limit of a sample in tokens where the model's own context is longer: memory grows with it."""
+
+Samples = Sequence[Encoded] | Sequence[Conversation]
+
+
+def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True) -> Path:
+    """Load, adapt, train, score; write `adapter/`, `curves/` and `record.json`; return the record's path.
+
+    A finished folder of the same spec is left as it is. Raises: UserError for a folder of another spec.
+    """
+    place = folder or spec.output
+    if place is None:
+        raise UserError(
+            "the run has no output folder.", next="set output in the spec, or on the command line: output=runs/first"
+        )
+    with hold(place) as folder:
+        if finished(spec, folder):
+            say(f"'{folder}' holds this run, finished: nothing is done again.", progress)
+            return folder / "record.json"
+        began = time.monotonic()
+        conversations, tests = read_data(spec)
+        own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
+        # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
+        model, tokenizer = load(spec.model, dtype="float32" if own_weights else spec.run.dtype)
+        base = model_digest(model)
+        device = accelerate.PartialState().device
+        adapt(model.to(device), spec.adapt, seed=spec.seed)
+        say(str(trainable(model)), progress)
+        before = scores(spec, model, tokenizer)
+        result = fit(model, tokenizer, conversations, tests, spec, folder, (), None, progress)
+        after = scores(spec, model, tokenizer)
+        if accelerate.PartialState().is_main_process:
+            save_adapter(model, folder / "adapter")
+            size = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
+            write_record(folder, "train", spec, {
+                "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
+                "result": {"steps": result.steps, "tokens": result.tokens, "stopped_early": result.stopped_early, "best": result.best,
+                           "loss": list(result.mean_loss()), "held_out": [row["loss"] for row in result.curves.get("eval", [])],
+                           "training_seconds": round(result.seconds, 1)},
+                "scores": {"before": before, "after": after}, "data": result.data,
+                "sizes": {"trained": trainable(model).count, "base": trainable(model).total, "adapter_bytes": size},
+                "device": str(device), "threads": torch.get_num_threads(),
+            })  # fmt: skip
+            Checkpoints(folder, spec.run.keep).clear()
+        return folder / "record.json"
+
+
+def fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Samples, test: Samples, spec: LoopSpec,
+    folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
+) -> TrainResult:  # fmt: skip
+    """Encode, hold out, and run the loop in `folder`, which the caller holds."""
+    context = context_of(model, spec)
+    samples = as_encodings(tokenizer, data, context, spec)
+    say(f"  data: {samples}", progress)
+    if len(test):
+        train_set, held_out = list(samples), _some(as_encodings(tokenizer, test, context, spec), spec)
+    else:
+        train_set, held_out = hold_out(samples, spec)
+    if not sum(sample.counted for sample in train_set):
+        raise UserError("no sample to train on is left.", found=f"{len(held_out)} held out", next="lower eval.fraction")
+    digests = {"data": data_digest(train_set), "held-out data": data_digest(held_out)}
+    identity: dict[str, Any] = {}
+    if folder is not None:
+        shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
+        identity = {"spec": spec.plain(), **digests, "model": model_digest(model), "trained parameters": digest(shapes),
+                    "number of processes": accelerate.PartialState().num_processes}  # fmt: skip
+    result = Loop(
+        model, tokenizer.pad_token_id or 0, train_set, held_out, spec, identity, folder, probes, freezer, progress
+    ).run()
+    counts = {"samples": len(train_set), "held_out": len(held_out), "cut": samples.cut, "skipped": samples.skipped,
+              "unlabelled": samples.unlabelled, "context": context}  # fmt: skip
+    result.data.update({"digest": digests["data"], "held_out_digest": digests["held-out data"], **counts})
+    return result
+
+
+def read_data(spec: TrainSpec) -> tuple[list[Conversation], list[Conversation]]:
+    """The conversations of all tasks to train on, and those that the tasks bring to test on."""
+    tasks: list[Task] = spec.data
+    return [c for task in tasks for c in task.train()], [c for task in tasks for c in task.test()]
+
+
+def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tasks' own scores, by tag."""
+    context = context_of(model, spec)
+    values = {task.task: task.evaluate(model, tokenizer, context) for task in spec.data}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def context_of(model: PreTrainedModel, spec: LoopSpec) -> int:
+    """The longest sample in tokens.
+
+    Raises: UserError if the spec asks for more than the model has positions.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    asked = spec.run.context
+    if most is not None and asked is not None and asked > most:
+        raise UserError(
+            f"run.context is {asked}, and the model has {most} positions.", next=f"run.context={most} or less"
+        )
+    return asked or min(most or LONGEST, LONGEST)
+
+
+def as_encodings(tokenizer: PreTrainedTokenizerBase, data: Samples, context: int, spec: LoopSpec) -> Encodings:
+    """Conversations encoded; samples that are encoded already as they come, each checked against the context."""
+    if isinstance(data, Encodings):
+        return data
+    if len(data) and isinstance(data[0], Encoded):
+        longest = max(len(sample.input_ids) for sample in data)  # type: ignore[union-attr]
+        if longest > context:
+            raise UserError(
+                f"a sample has {longest} tokens, and the context is {context}.",
+                next="encode with that context, or raise run.context",
+            )
+        return Encodings(tuple(data))  # type: ignore[arg-type]
+    return encode_all(tokenizer, data, context, spec.run.too_long)  # type: ignore[arg-type]
+
+
+def hold_out(samples: Sequence[Encoded], spec: LoopSpec) -> tuple[list[Encoded], list[Encoded]]:
+    """(training, held-out): a seeded fraction of the samples, at most `eval.limit`; none from fewer than ten."""
+    n = (
+        0
+        if len(samples) < 10 or not spec.eval.fraction
+        else max(1, min(round(spec.eval.fraction * len(samples)), spec.eval.limit))
+    )
+    order = np.random.default_rng([spec.seed, 1]).permutation(len(samples))
+    held = set(order[:n].tolist())
+    return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in sorted(held)]
+
+
+def finished(spec: TrainSpec, folder: Path) -> bool:
+    """Whether `folder` holds the finished run of `spec`.
+
+    Raises: UserError if it holds another one's.
+    """
+    if not (folder / "record.json").is_file():
+        return False
+    record = read_record(folder)
+    differences = (
+        changes(record["spec"], spec.plain()) if record["kind"] == "train" else [("kind", record["kind"], "train")]
+    )
+    if differences:
+        raise UserError(f"output folder '{folder}' holds another finished run.", found="; ".join(f"{key}: {was!r} there, {now!r} here" for key, was, now in differences),
+                        next="choose another output folder: output=…")  # fmt: skip
+    return True
+
+
+@contextlib.contextmanager
+def hold(folder: str | Path) -> Any:
+    """The output folder, held by the first process of this run."""
+    with owned(folder, "train") if accelerate.PartialState().is_main_process else contextlib.nullcontext():
+        yield Path(folder)
+
+
+def _some(samples: Encodings, spec: LoopSpec) -> list[Encoded]:
+    """At most `eval.limit` samples, seeded."""
+    order = np.random.default_rng([spec.seed, 1]).permutation(len(samples))[: spec.eval.limit]
+    return [samples[i] for i in sorted(order.tolist())]

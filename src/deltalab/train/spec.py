@@ -1,0 +1,91 @@
+"""What a training run is: few fields, defaults that work, every fault said at once."""
+
+from typing import Annotated, Literal, Self
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from deltalab.core.spec import Spec
+from deltalab.data.chat import TooLong
+from deltalab.data.tasks import DataSpec
+from deltalab.deltas import any_spec
+
+DEFAULT_ADAPT = [{"method": "lora", "r": 8, "alpha": 16.0, "dropout": 0.05, "targets": "q,v"}]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimSpec(Spec):
+    """AdamW and its schedule.
+
+    batch: samples in one optimizer step, over all processes. accumulate: in how many pieces a process computes it,
+    which changes memory and not the result. warmup: fraction of the steps. clip: largest gradient norm, null for none.
+    steps or epochs: one of them; one epoch if neither is given. Weight decay is for matrices only.
+    """
+
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.06
+    clip: PositiveFloat | None = 1.0
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    batch: PositiveInt = 8
+    accumulate: PositiveInt = 1
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps and self.epochs:
+            raise ValueError("give steps or epochs, not both")
+        if self.accumulate > self.batch:
+            raise ValueError(f"a batch of {self.batch} has no {self.accumulate} pieces to accumulate")
+        return self
+
+
+class RunSpec(Spec):
+    """How it runs.
+
+    context: longest sample in tokens; null for the model's own, at most 1024. too_long: what becomes of longer ones.
+    checkpoint_every: steps; null for a tenth of the run. keep: checkpoints kept beside the best one.
+    dtype: of the computation; in bfloat16 what is trained stays in float32. resume: go on from the last checkpoint.
+    """
+
+    context: PositiveInt | None = None
+    too_long: TooLong = "skip"
+    checkpoint_every: PositiveInt | None = None
+    keep: PositiveInt = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    resume: bool = True
+
+
+class EvalSpec(Spec):
+    """The loss on held-out data: before, every `every` steps (null: a tenth of the run) and after.
+
+    fraction: of the data held out where the tasks bring no test data. limit: at most so many samples.
+    patience: stop after so many evaluations without a lower loss. best: end with the weights of the lowest
+    loss rather than the last; always so with `patience`.
+    """
+
+    every: PositiveInt | None = None
+    fraction: Fraction = 0.05
+    limit: PositiveInt = 200
+    patience: PositiveInt | None = None
+    best: bool = False
+
+
+class LoopSpec(Spec):
+    """What `deltalab.train` needs when model and data are at hand."""
+
+    optim: OptimSpec = OptimSpec()
+    run: RunSpec = RunSpec()
+    eval: EvalSpec = EvalSpec()
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class TrainSpec(LoopSpec):
+    """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`."""
+
+    model: str
+    adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)  # type: ignore[valid-type]
+    data: Annotated[list[DataSpec], Field(min_length=1)]
+    output: str | None = None
