@@ -21,9 +21,13 @@ def main(folder: str, figure: str | None = None) -> None:
         sys.exit(f"name one of the figures: {', '.join(names) or 'none there'}")
     (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)
     shutil.copy(figures[names.index(str(figure))], ROOT / "docs" / "images" / "demo.png")
-    printed = subprocess.run([sys.executable, "-m", "deltalab", "report", folder], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-m", "deltalab", "report", folder], capture_output=True, text=True, check=True
+    ).stdout
     printed = printed.replace(f"{Path.cwd()}/", "").strip()
-    block = f"```text\n{printed}\n```\n\n![What tuning on benign data did to refusals and skills](docs/images/demo.png)\n"
+    block = (
+        f"```text\n{printed}\n```\n\n![What tuning on benign data did to refusals and skills](docs/images/demo.png)\n"
+    )
     readme = ROOT / "README.md"
     text, found = BLOCK.subn(lambda match: match[1] + block + match[2], readme.read_text())
     if found != 1:

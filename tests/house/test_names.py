@@ -30,7 +30,11 @@ def mentions(path: Path, names: set[str]) -> list[str]:
     The default of a spec, in a constant `DEFAULT_…`, may name what a user would write there.
     """
     found = []
-    defaults = [node for node in tree(path).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("DEFAULT_")]
+    defaults = [
+        node
+        for node in tree(path).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("DEFAULT_")
+    ]
     allowed = {id(inner) for node in defaults for inner in ast.walk(node)}
     for node in ast.walk(tree(path)):
         if id(node) in allowed:

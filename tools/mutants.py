@@ -1,0 +1,196 @@
+"""Injects known faults into a copy of the package, one at a time; the tests named beside each must turn red.
+
+    .venv/bin/python tools/mutants.py [NAME ...] [--list] [--keep-going]
+
+A fault is a replacement of a string that stands exactly once in its file; where it does not, the list here is out of
+date and the run fails. The tests must be green without a fault, and a fault must fail a test rather than an import.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+GREEN, RED = 0, 1  # pytest's exit codes; others are no verdict
+
+
+class Mutant(NamedTuple):
+    """A fault. changes: (file under src/deltalab, what stands there once, what is put in its place)."""
+
+    name: str
+    changes: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    """A fault of one replacement."""
+    return Mutant(name, ((file, old, new),), tests)
+
+
+MUTANTS = [
+    mutant(
+        "alpha/r dropped", "deltas/lora.py",
+        "return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)", "return self.alpha",
+        "tests/deltas", "tests/conformance",
+    ),
+    mutant(
+        "rank-stabilised scale not a root", "deltas/lora.py", "(math.sqrt(self.r) if self.rank_stabilised else self.r)", "self.r",
+        "tests/deltas", "tests/conformance",
+    ),
+    Mutant(
+        "absolute value taken after the mean",
+        (
+            ("safety/scores.py", "total += change.abs_().to(total.device)", "total += change.to(total.device)"),
+            ("safety/scores.py", 'total.div_(manifest["samples"])', 'total.div_(manifest["samples"]).abs_()'),
+            ("safety/scores.py", 'self.sums.pop(path) / manifest["samples"]', '(self.sums.pop(path) / manifest["samples"]).abs()'),
+        ),
+        ("tests/safety",),
+    ),
+    mutant(
+        "positions of the score off by one", "safety/scores.py", "predicts = labels[1:] != IGNORED", "predicts = labels[:-1] != IGNORED",
+        "tests/safety",
+    ),
+    mutant(
+        "positions of the loss off by one", "train/loop.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
+        "tests/train",
+    ),
+    mutant("mask of the delta inverted", "deltas/masks.py", "delta.keep = ~mask", "delta.keep = mask", "tests/deltas"),
+    mutant("mask of the gradient inverted", "deltas/masks.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas"),
+    mutant(
+        "labels shifted", "data/chat.py", "for i, flag in zip(ids, counted, strict=True)",
+        "for i, flag in zip(ids, [False, *counted[:-1]], strict=True)", "tests/data",
+    ),
+    mutant(
+        "weight decay on frozen entries", "deltas/masks.py", "register_step_post_hook(lambda *_: self.restore())",
+        "register_step_post_hook(lambda *_: None)", "tests/deltas",
+    ),
+    mutant(
+        "set difference swapped", "safety/groups.py", "safe.mask(path) & ~useful.mask(path)", "useful.mask(path) & ~safe.mask(path)",
+        "tests/safety",
+    ),
+    mutant(
+        "random groups unmatched", "safety/groups.py", "        if weights is None:\n            order, counts = None",
+        "        if True:\n            order, counts = None", "tests/safety",
+    ),
+    mutant(
+        "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * self.B @ self.A)", "return self.kept(self.B @ self.A)",
+        "tests/deltas", "tests/conformance",
+    ),
+    mutant(
+        "RNG not restored on resume", "train/loop.py", 'rng.restore(mine, found.state["rng"][rank])', "_ = mine",
+        "tests/train",
+    ),
+    mutant(
+        "measuring draws from the run's generators", "train/rng.py", "        restore(*state)", "        pass",
+        "tests/train",
+    ),
+    mutant(
+        "drift without the change of the base", "measure/drift.py", "change = change + shift.flatten().index_select(0, index)", "pass",
+        "tests/measure",
+    ),
+]  # fmt: skip
+
+
+def copy(to: Path) -> None:
+    """The package, the tests and their settings, away from the working tree."""
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", to / "src", ignore=skip)
+    shutil.copytree(ROOT / "tests", to / "tests", ignore=skip)
+    for name in ("pyproject.toml", "Makefile", "README.md"):
+        shutil.copy(ROOT / name, to / name)
+
+
+def run(project: Path, tests: tuple[str, ...], *more: str) -> tuple[int, str]:
+    """(exit code, output) of pytest in the copy."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(project / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "not slow and not browser and not shared",
+        "--tb=line",
+        *more,
+        *tests,
+    ]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def apply(project: Path, fault: Mutant) -> dict[Path, str]:
+    """Put the fault in; returns the text that stood in each file."""
+    before: dict[Path, str] = {}
+    for name, old, new in fault.changes:
+        path = project / "src" / "deltalab" / name
+        text = path.read_text()
+        before.setdefault(path, text)
+        if text.count(old) != 1:
+            sys.exit(f"{fault.name}: this stands {text.count(old)} times in {name}, not once: {old!r}")
+        path.write_text(text.replace(old, new))
+        compile(path.read_text(), str(path), "exec")
+    return before
+
+
+def main() -> None:
+    """Exit 1 if the tests are not green without a fault, or stay green with one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="only these; all if none is given")
+    parser.add_argument("--list", action="store_true", help="show the names")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(fault.name for fault in MUTANTS))
+        return
+    unknown = set(args.names) - {fault.name for fault in MUTANTS}
+    if unknown:
+        sys.exit(f"no such fault: {', '.join(unknown)}; see --list")
+    faults = [fault for fault in MUTANTS if not args.names or fault.name in args.names]
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        project.mkdir()
+        copy(project)
+        code, said = run(
+            project,
+            tuple(dict.fromkeys(test for fault in faults for test in fault.tests)),
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+        )
+        if code != GREEN:
+            sys.exit(f"the tests are not green without a fault:\n{said[-3000:]}")
+        print(f"without a fault: {said.strip().splitlines()[-1]}", flush=True)
+        survived = [fault.name for fault in faults if not killed(project, fault)]
+    if survived:
+        sys.exit(f"{len(survived)} of {len(faults)} faults went unseen: {', '.join(survived)}")
+    print(f"all {len(faults)} faults turn the tests red")
+
+
+def killed(project: Path, fault: Mutant) -> bool:
+    """Whether a test fails with the fault in. Prints which."""
+    began = time.monotonic()
+    before = apply(project, fault)
+    try:
+        code, said = run(project, fault.tests, "-x")
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
+    seen = code == RED and bool(failed)
+    by = failed[0].split()[1] if failed else f"pytest exit {code}: {said.strip().splitlines()[-1]}"
+    print(f"{'red' if seen else 'UNSEEN':<7} {fault.name:<44} {time.monotonic() - began:5.0f} s  {by}", flush=True)
+    return seen
+
+
+if __name__ == "__main__":
+    main()
