@@ -1,7 +1,7 @@
 """`deltalab train SPEC [key=value…]`: one run, from a spec to an adapter, curves and a record."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,12 +23,12 @@ def command(
     print(summary(read_record(path), path.parent))
 
 
-def summary(record: dict, folder: Path) -> str:
+def summary(record: dict[str, Any], folder: Path) -> str:
     """A finished run in a few lines."""
     result, sizes = record["result"], record["sizes"]
     early = " (stopped early)" if result["stopped_early"] else ""
     lines = [f"{result['steps']} steps{early}, {result['tokens']:,} tokens in {result['training_seconds']:.0f} s",
-             f"  loss       {result['loss'][0]:.3f} → {result['loss'][1]:.3f} (over the tokens of the first and last 10 steps)"]  # fmt: skip
+             f"  loss       {result['loss'][0]:.3f} → {result['loss'][1]:.3f} (the tokens of the first and last steps, at most 10)"]  # fmt: skip
     if result["held_out"]:
         best = f", best {result['best']['loss']:.3f} at step {result['best']['step']}" if result["best"] else ""
         lines.append(f"  held-out   {result['held_out'][0]:.3f} → {result['held_out'][-1]:.3f}{best}")

@@ -109,8 +109,8 @@ def _parse(path: Path) -> Iterator[Row]:
 
 def _parse_table(path: Path, delimiter: str) -> Iterator[Row]:
     # in a .tsv of this kind a quote is a character like any other
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(_decoded(path).splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
+    lines = _decoded(path).splitlines(keepends=True)
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if delimiter == "\t" else csv.reader(lines)
     header = next(reader, [])
     for cells in reader:
         where = f"{path}, line {reader.line_num}"

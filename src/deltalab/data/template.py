@@ -7,6 +7,7 @@ first and tokens second: a token that merges a blank of the template with the re
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -89,15 +90,17 @@ class ChatTemplate:
     def _render(self, messages: Messages, *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text and the template's own reply spans, none if it marks none."""
         marks = self._marks and not prompt
+        special: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)], chat_template=self.source, add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marks, **self.tokenizer.special_tokens_map)  # fmt: skip
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]], chat_template=self.source,
+                add_generation_prompt=prompt, return_assistant_tokens_mask=marks, **special)  # fmt: skip
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages) or "no message"
             raise UserError(f"the tokenizer's chat template cannot render the roles: {roles}.", found=str(error),
                             next="change the data's roles, or set another tokenizer.chat_template") from None  # fmt: skip
-        return texts[0], [(start, stop) for start, stop in spans[0]] if marks else []
+        texts, spans = rendered
+        return str(texts[0]), [(int(span[0]), int(span[1])) for span in spans[0]] if marks else []
 
     def _count_end(self, ids: list[int], counted: list[bool], at: int, limit: int) -> None:
         """Count the end token at `at` or behind blanks there, unless the reply's span held one already."""
@@ -107,7 +110,7 @@ class ChatTemplate:
             if ids[last] in self.special:
                 counted[at : last + 1] = [True] * (last + 1 - at)
                 return
-            if self.tokenizer.decode([ids[last]]).strip():
+            if str(self.tokenizer.decode([ids[last]])).strip():
                 return
 
     def _in_pieces(self, text: str, spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[bool]]:

@@ -71,9 +71,10 @@ class TrainResult:
         )
         return f"{ran}; loss {first:.3f} → {last:.3f}{held}"
 
-    def mean_loss(self, window: int = 10) -> tuple[float, float]:
-        """The loss over all counted tokens of the first and of the last `window` steps."""
+    def mean_loss(self) -> tuple[float, float]:
+        """The loss over all counted tokens of the first and of the last ten steps, fewer in a short run."""
         rows = self.curves.get("train", [])
+        window = max(1, min(10, len(rows) // 2))
         parts = (rows[:window], rows[-window:])
         first, last = (
             sum(r["loss"] * r["counted"] for r in part) / max(sum(r["counted"] for r in part), 1) for part in parts
@@ -110,7 +111,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
-        self.names = {parameter: name for name, parameter in trained_parameters(self.model).items()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained_parameters(self.model).items()}
         self.lengths = [len(sample.input_ids) for sample in self.data]
         self.counts = [sum(label != IGNORED for label in sample.labels[1:]) for sample in self.data]
         self.per_epoch = -(-len(self.data) // optim.batch)

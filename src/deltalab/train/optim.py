@@ -55,7 +55,7 @@ def set_rate(optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int, steps
     return spec.lr * scale
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's tensors by `<parameter>|<kind>`."""
     return {
         f"{names[parameter]}|{kind}": value.detach().cpu().contiguous()

@@ -21,7 +21,11 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything needed to draw the same numbers again: uint8 tensors, and the few values that are no bytes."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    tensors = {"torch": torch.get_rng_state(), "python": _bytes(np.array(words, np.uint32)), "numpy": _bytes(keys)}
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": _bytes(np.array(words, np.uint32)),
+        "numpy": _bytes(np.asarray(keys, np.uint32)),
+    }
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return tensors, {"python": gauss, "numpy": [int(position), int(has_gauss), float(cached)]}

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         raise UserError(
             "the run has no output folder.", next="set output in the spec, or on the command line: output=runs/first"
         )
-    with hold(place) as folder:
-        if finished(spec, folder):
-            say(f"'{folder}' holds this run, finished: nothing is done again.", progress)
-            return folder / "record.json"
+    with hold(place) as home:
+        if finished(spec, home):
+            say(f"'{home}' holds this run, finished: nothing is done again.", progress)
+            return home / "record.json"
         began = time.monotonic()
         conversations, tests = read_data(spec)
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
@@ -58,12 +58,12 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         adapt(model.to(device), spec.adapt, seed=spec.seed)
         say(str(trainable(model)), progress)
         before = scores(spec, model, tokenizer)
-        result = fit(model, tokenizer, conversations, tests, spec, folder, (), None, progress)
+        result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
         after = scores(spec, model, tokenizer)
         if accelerate.PartialState().is_main_process:
-            save_adapter(model, folder / "adapter")
-            size = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
-            write_record(folder, "train", spec, {
+            save_adapter(model, home / "adapter")
+            size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
+            write_record(home, "train", spec, {
                 "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
                 "result": {"steps": result.steps, "tokens": result.tokens, "stopped_early": result.stopped_early, "best": result.best,
                            "loss": list(result.mean_loss()), "held_out": [row["loss"] for row in result.curves.get("eval", [])],
@@ -72,8 +72,8 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
                 "sizes": {"trained": trainable(model).count, "base": trainable(model).total, "adapter_bytes": size},
                 "device": str(device), "threads": torch.get_num_threads(),
             })  # fmt: skip
-            Checkpoints(folder, spec.run.keep).clear()
-        return folder / "record.json"
+            Checkpoints(home, spec.run.keep).clear()
+        return home / "record.json"
 
 
 def fit(
@@ -107,15 +107,20 @@ def fit(
 
 def read_data(spec: TrainSpec) -> tuple[list[Conversation], list[Conversation]]:
     """The conversations of all tasks to train on, and those that the tasks bring to test on."""
-    tasks: list[Task] = spec.data
+    tasks: Sequence[Task] = spec.data
     return [c for task in tasks for c in task.train()], [c for task in tasks for c in task.test()]
 
 
 def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tasks' own scores, by tag."""
+    """The tasks' own scores, by tag; of two tasks with one tag the second is `tag.2`."""
     context = context_of(model, spec)
-    values = {task.task: task.evaluate(model, tokenizer, context) for task in spec.data}
-    return {name: value for name, value in values.items() if value is not None}
+    values: dict[str, Any] = {}
+    for task in spec.data:
+        value = task.evaluate(model, tokenizer, context)
+        if value is not None:
+            same = sum(name.split(".")[0] == task.task for name in values)
+            values[f"{task.task}.{same + 1}" if same else task.task] = value
+    return values
 
 
 def context_of(model: PreTrainedModel, spec: LoopSpec) -> int:
@@ -177,7 +182,7 @@ def finished(spec: TrainSpec, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def hold(folder: str | Path) -> Any:
+def hold(folder: str | Path) -> Iterator[Path]:
     """The output folder, held by the first process of this run."""
     with owned(folder, "train") if accelerate.PartialState().is_main_process else contextlib.nullcontext():
         yield Path(folder)

@@ -86,6 +86,6 @@ class TrainSpec(LoopSpec):
     """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`."""
 
     model: str
-    adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)  # type: ignore[valid-type]
+    adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)
     data: Annotated[list[DataSpec], Field(min_length=1)]
     output: str | None = None
