@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("cosine", "l2", "l2_per_sqrt", "relative_mean", "relative_norm")
+METRICS = ("cosine_distance", "l2", "l2_per_sqrt", "relative_mean", "relative_norm")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = {"safety": ("safety top 5 %", 170_000), "utility": ("utility top 5 %", 170_000),
           "safety-only": ("safety 5 % minus utility 2 %", 121_000), "random": ("random", 121_000)}  # fmt: skip
@@ -76,8 +76,8 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
         groups = {g: _drift(t, 1.2 if g.startswith("safety") else 1.0, g == frozen) for g in GROUPS}
         null = [_drift(t, float(rng.normal(1, 0.03)), False) for _ in range(99)]
         band = {m: {"low": float(np.quantile([v[m] for v in null], 0.025)), "median": float(np.median([v[m] for v in null])),
-                    "high": float(np.quantile([v[m] for v in null], 0.975)), "n": 99} for m in METRICS}  # fmt: skip
-        curves.append({"step": step, "groups": groups, "nulls": {"safety-only": band}})
+                    "high": float(np.quantile([v[m] for v in null], 0.975))} for m in METRICS}  # fmt: skip
+        curves.append({"step": step, "groups": groups, "nulls": {"safety-only": {"draws": 99, "band": band}}})
     edges = np.linspace(-5.5, -2.5, 31)
     distributions = {}
     for i, g in enumerate(GROUPS):
@@ -96,4 +96,4 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
 
 def _drift(t: float, scale: float, frozen: bool) -> dict[str, float]:
     s = 0.0 if frozen else scale * t**0.7
-    return {"cosine": 1 - 2.0e-3 * s * s, "l2": 1.3 * s, "l2_per_sqrt": 3.7e-3 * s, "relative_mean": 0.08 * s, "relative_norm": 0.06 * s}
+    return {"cosine": 1 - 2.0e-3 * s * s, "cosine_distance": 2.0e-3 * s * s, "l2": 1.3 * s, "l2_per_sqrt": 3.7e-3 * s, "relative_mean": 0.08 * s, "relative_norm": 0.06 * s}

@@ -1,6 +1,7 @@
 """From a drift study's record to plain values: key figures, tables and plots. Nothing is computed that the record does
 not hold; numbers are only chosen and put into words."""
 
+import math
 from typing import Any, NamedTuple
 
 from deltalab.report.figures import Bars, Grid, Line, Lines, Plot, Rate, Rates, Shares, Spread, Spreads
@@ -13,7 +14,7 @@ SETS = {"advbench": "AdvBench", "jailbreakbench": "JailbreakBench", "strongrejec
 METRICS = {
     "l2_per_sqrt": ("L2 per entry", "‖ΔW[G]‖ / √|G|"),
     "relative_norm": ("Relative change", "‖ΔW[G]‖ / ‖W₀[G]‖"),
-    "cosine": ("Turn", "1 − cos(W₀[G], W[G])"),
+    "cosine_distance": ("Cosine distance", "1 − cos(W₀[G], W[G])"),
 }
 
 
@@ -52,16 +53,17 @@ def interval(rate: dict[str, float]) -> str:
 
 def number(value: float | None) -> str:
     """Three significant digits, without needless exponents."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "—"
     if value == 0:
         return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def drift(values: dict[str, float], metric: str) -> float:
-    """How far a group is from where it was, 0 at the start: the cosine is turned round."""
-    return 1 - values[metric] if metric == "cosine" else values[metric]
+def drift(values: dict[str, float | None], metric: str) -> float:
+    """A measure of drift; not a number where it is undefined."""
+    value = values[metric]
+    return math.nan if value is None else value
 
 
 def tuned(record: Record) -> dict[str, Any]:
@@ -154,21 +156,18 @@ def _drift(record: Record) -> Table:
     for arm in tuned(record).values():
         last = arm["curves"][-1]
         for name, values in last["groups"].items():
-            band = last["nulls"].get(name, {})
+            band = last["nulls"].get(name, {}).get("band", {})
             cells = []
             for metric in METRICS:
                 cells.append(number(drift(values, metric)))
-                cells.append(_band(band.get(metric), metric))
+                cells.append(_band(band.get(metric)))
             rows.append((arm["label"], record["groups"].get(name, {}).get("label", name), *cells))
     head = ("", "group", *(text for title, _ in METRICS.values() for text in (title, "matched random")))
     return Table("drift", "Drift at the last step", head, rows, "; ".join(f"{title}: {unit}" for title, unit in METRICS.values()) + ". Matched random: 2.5 % to 97.5 % of random groups with the same count in each matrix and the same spread of |W|.")
 
 
-def _band(band: dict[str, float] | None, metric: str) -> str:
-    if not band:
-        return "—"
-    low, high = (1 - band["high"], 1 - band["low"]) if metric == "cosine" else (band["low"], band["high"])
-    return f"{number(low)} … {number(high)}"
+def _band(band: dict[str, float] | None) -> str:
+    return f"{number(band['low'])} … {number(band['high'])}" if band else "—"
 
 
 def _groups(record: Record) -> Table:
@@ -227,17 +226,13 @@ def _drift_plots(record: Record) -> list[Plot]:
         main = _main_group(record)
         panels = []
         for metric, (title, unit) in METRICS.items():
-            flip = metric == "cosine"
             lines = [Line(name, [drift(row["groups"][name], metric) for row in curves], GROUP_COLOURS.get(name, "green")) for name in curves[0]["groups"]]
-            band = [row["nulls"].get(main, {}).get(metric) for row in curves]
-            edges = None
-            if all(band):
-                edges = ([1 - b["high"] for b in band], [1 - b["low"] for b in band]) if flip else ([b["low"] for b in band], [b["high"] for b in band])
+            band = [row["nulls"].get(main, {}).get("band", {}).get(metric) or {"low": math.nan, "high": math.nan} for row in curves]
+            edges = ([b["low"] for b in band], [b["high"] for b in band]) if main else None
             panels.append(Lines(f"drift-{key}-{metric}", title, steps, "optimizer step", unit, lines, edges, "matched random", tops[metric]))
-        n = next(iter(curves[-1]["nulls"].get(main, {}).values()), {}).get("n", 0)
+        n = curves[-1]["nulls"].get(main, {}).get("draws", 0)
         caption = (f"Drift of each group's merged weights since step 0; {arm['label']}. Grey band: 2.5 % to 97.5 % of {n} random groups matched to "
                    f"'{main}' on the count in each matrix and on |W|.")  # fmt: skip
-        last = curves[-1]["groups"]
         plots.append(Plot(f"drift-{key}", f"Drift over steps: {arm['label']}", caption, panels))
     return plots
 

@@ -51,7 +51,8 @@ class Stage:
     """One step of a study.
 
     run: does it and returns a JSON result. needs: the stages whose results it reads. inputs: name → a JSON value or
-    digest of everything else that it depends on (part of the spec, model weights, data).
+    digest of everything else that it depends on (model weights, data). tidy: removes what nobody needs once the result
+    is on disk; it may be called again.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     inputs: Callable[[Context], Mapping[str, Any]] = lambda ctx: {}
     estimate: Estimate = Estimate()
+    tidy: Callable[[Context], None] = lambda ctx: None
 
 
 def run(
@@ -88,11 +90,13 @@ def run(
             if done is not None:
                 _same(ctx, stage, done["inputs"], inputs)
                 ctx.results[stage.name] = done["result"]
+                stage.tidy(ctx)
                 if stage.name in wanted:
                     say(f"[{number}/{len(stages)}] {stage.name}: done before ({done['seconds']:.1f} s)")
                 continue
             say(f"[{number}/{len(stages)}] {stage.name} …")
             ctx.results[stage.name] = _do(ctx, stage, inputs)
+            stage.tidy(ctx)
         return ctx
 
 

@@ -1,0 +1,304 @@
+"""The stages of the drift study, each a function of what the earlier ones left on disk."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deltalab.core.files import remove, write_json
+from deltalab.core.records import write_record
+from deltalab.core.spec import digest
+from deltalab.data.chat import Encodings, encode_all
+from deltalab.deltas.adapt import adapt, base_weight, is_adapted, trainable, unload
+from deltalab.deltas.masks import freeze
+from deltalab.deltas.peft_format import load_adapter, save_adapter
+from deltalab.deltas.select import leaf, scored_linears
+from deltalab.measure.drift import DriftProbe
+from deltalab.models.load import load, model_digest
+from deltalab.safety.groups import Group, difference, jaccard, matched_random, random_groups, random_like, top
+from deltalab.safety.scores import Scores, snip
+from deltalab.studies import behaviour, verdicts
+from deltalab.studies.drift import ArmSpec, DriftStudySpec, is_harmful
+from deltalab.studies.stages import Context, Estimate, Result, Stage, finished
+from deltalab.train import train
+
+BINS = 40
+
+
+def stages(spec: DriftStudySpec) -> list[Stage]:
+    """The study's stages, in order."""
+    s = Steps(spec)
+    out = [
+        Stage("scores", s.scores, inputs=s.scored_on),
+        Stage("groups", s.groups, needs=("scores",), inputs=s.of_model, tidy=s.discard_scores),
+        Stage("evaluate:before", s.evaluation("before"), inputs=s.asked),
+    ]
+    for arm in spec.arms:
+        out.append(Stage(f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on))
+        out.append(Stage(f"evaluate:{arm.name}", s.evaluation(arm.name), needs=(f"tune:{arm.name}",), inputs=s.asked))
+    measured = tuple(stage.name for stage in out)
+    out.append(Stage("verdict", s.verdict, needs=measured[1:]))
+    out.append(Stage("report", s.report, needs=(*measured, "verdict")))
+    return out
+
+
+class Steps:
+    """What the stages do. Holds the spec only; everything else is in the context."""
+
+    def __init__(self, spec: DriftStudySpec) -> None:
+        self.spec = spec
+
+    # ---- what stages are computed from ------------------------------------------------------------------------------
+
+    def of_model(self, ctx: Context) -> dict[str, Any]:
+        return {"model": self._loaded(ctx)["digest"]}
+
+    def scored_on(self, ctx: Context) -> dict[str, Any]:
+        return {**self.of_model(ctx), **{f"{name} data": self._data(ctx, name).digest() for name in ("safety", "utility")}}
+
+    def tuned_on(self, ctx: Context) -> dict[str, Any]:
+        return {**self.of_model(ctx), "tuning data": self._data(ctx, "tune").digest()}
+
+    def asked(self, ctx: Context) -> dict[str, Any]:
+        return {**self.of_model(ctx), "questions": self._questions(ctx).digest()}
+
+    # ---- the stages -------------------------------------------------------------------------------------------------
+
+    def scores(self, ctx: Context) -> Result:
+        model, _ = self._base(ctx)
+        out: Result = {}
+        for name in ("safety", "utility"):
+            scores = snip(model, self._data(ctx, name), folder=self._scores_folder(ctx, name), positions=self.spec.score.positions)
+            out[name] = {key: scores.manifest[key] for key in ("score", "positions", "samples", "tokens", "dtype")}
+        return out
+
+    def groups(self, ctx: Context) -> Result:
+        model, _ = self._base(ctx)
+        g, focus = self.spec.groups, self.spec.groups.focus
+        safety, utility = (Scores.load(self._scores_folder(ctx, name)) for name in ("safety", "utility"))
+        made = {
+            "safety": top(safety, g.q, g.per, "safety"), "utility": top(utility, g.q, g.per, "utility"),
+            "safety-only": difference(safety, utility, g.p, g.q, g.per, "safety-only"),
+        }  # fmt: skip
+        weights = _weights(model)
+        made["random"] = random_like(made[focus], self.spec.seed, "random")
+        made["matched"] = matched_random(made[focus], weights, self.spec.seed, name="matched")
+        for name, group in made.items():
+            group.save(ctx.path("groups") / name)
+        ctx.shared["groups"] = made
+        names = list(made)
+        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        return {
+            "groups": {name: _described(name, group, self.spec) for name, group in made.items()},
+            "overlaps": [{"a": a, "b": b, "jaccard": jaccard(made[a], made[b]), "independent": _independent(made[a], made[b])} for a, b in pairs],
+            "bytes": sum(group.nbytes for group in made.values()),
+        }
+
+    def discard_scores(self, ctx: Context) -> None:
+        """Scores take as much space as the weights, twice; the groups are what is needed from here on."""
+        if not self.spec.score.keep:
+            for name in ("safety", "utility"):
+                remove(self._scores_folder(ctx, name))
+
+    def tuning(self, arm: ArmSpec) -> Any:
+        def run(ctx: Context) -> Result:
+            model, tokenizer = self._base(ctx)
+            groups, data, folder = self._groups(ctx), self._data(ctx, "tune"), ctx.path(f"tune:{arm.name}")
+            adapt(model, list(self.spec.tune.adapt), seed=self.spec.seed)
+            count = trainable(model)
+            freezer = freeze(model, groups[arm.group].masks(), arm.freeze) if arm.freeze != "none" else None
+            focus = self.spec.groups.focus
+            probe = DriftProbe(groups, {focus: self._nulls(ctx)}, every=self.spec.tune.drift_every)
+            result = train(model, tokenizer, data, self.spec.tune.loop(self.spec.seed), folder=folder / "run", probes=[probe], freezer=freezer)
+            proof = {"variant": "none", "entries": 0, "max_change": None, "held": None} if freezer is None else freezer.proof()
+            if freezer is not None and arm.freeze == "exact":
+                freezer.remove()  # a delta's mask is a part of the adapter and stays
+            save_adapter(model, folder / "adapter")
+            ctx.shared["tuned"] = arm.name
+            curves = [_curve(row) for row in result.curves[probe.name]]
+            fraction = groups[arm.group].fraction if freezer is not None else 0.0
+            return {
+                "freeze": {**proof, "group": arm.group if freezer is not None else None, "fraction": fraction},
+                "training": {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "trained": count.count,
+                             "losses": _smoothed(result.losses), "held_out": [[row["step"], row["loss"]] for row in result.curves.get("eval", [])]},
+                "curves": curves, "last_nulls": {name: null["overall"] for name, null in result.curves[probe.name][-1]["nulls"].items()},
+                "distributions": _distributions(probe, model),
+                "adapter": {"parameters": count.count, "bytes": sum(p.stat().st_size for p in (folder / "adapter").iterdir())},
+            }  # fmt: skip
+
+        return run
+
+    def evaluation(self, arm: str) -> Any:
+        def run(ctx: Context) -> Result:
+            if arm != "before" and ctx.shared.get("tuned") == arm:
+                model, tokenizer = self._loaded(ctx)["model"], self._loaded(ctx)["tokenizer"]
+            else:
+                model, tokenizer = self._base(ctx)
+                if arm != "before":
+                    load_adapter(model, ctx.path(f"tune:{arm}") / "adapter")
+            result, replies = behaviour.evaluate(model, tokenizer, self._questions(ctx), self.spec.evaluate)
+            write_json(ctx.path(f"evaluate:{arm}") / "replies.json", replies)
+            return result
+
+        return run
+
+    def verdict(self, ctx: Context) -> Result:
+        spec, arms = self.spec, ["before", *(arm.name for arm in self.spec.arms)]
+        asked = {arm: ctx.results[f"evaluate:{arm}"] for arm in arms}
+        sets = {name: verdicts.Comparison(name, behaviour.title(name), {arm: behaviour.refused(asked[arm], name) for arm in arms}) for name in spec.evaluate.prompts}
+        harmful, harmless = [s for n, s in sets.items() if is_harmful(n)], [s for n, s in sets.items() if not is_harmful(n)]
+        free = spec.arms[0].name
+        out = [verdicts.refusals(harmful, free, spec.margin, behaviour.became(asked["before"], asked[free], [s.name for s in harmful]))]
+        if harmless:
+            out.append(verdicts.false_refusals(harmless, free, spec.margin))
+        if spec.evaluate.skills:
+            out.append(verdicts.skills(verdicts.Comparison("skills", "skills", {arm: behaviour.correct(asked[arm]) for arm in arms}), free, spec.margin))
+        tuned, focus = ctx.results[f"tune:{free}"], spec.groups.focus
+        out.append(verdicts.drift(_label(focus, spec), tuned["curves"][-1]["groups"][focus], tuned["last_nulls"][focus], spec.margin))
+        control = next((arm.name for arm in spec.arms if arm.freeze != "none" and arm.group in ("matched", "random")), None)
+        for arm in spec.arms[1:]:
+            if arm.name != control:
+                proof = ctx.results[f"tune:{arm.name}"]["freeze"]
+                out.append(verdicts.freezing(_label(arm.group, spec), proof, harmful, free, arm.name, control, spec.margin))
+        return {"verdicts": out}
+
+    def report(self, ctx: Context) -> Result:
+        from deltalab.report import build_report
+
+        spec, loaded = self.spec, self._loaded(ctx)
+        arms: dict[str, Any] = {"before": {"label": "before tuning", **behaviour.summary(ctx.results["evaluate:before"])}}
+        for arm in spec.arms:
+            tuned = {key: value for key, value in ctx.results[f"tune:{arm.name}"].items() if key != "last_nulls"}
+            arms[arm.name] = {"label": arm.label, **behaviour.summary(ctx.results[f"evaluate:{arm.name}"]), **tuned}
+        body = {
+            "seed": spec.seed, "model": {"name": spec.model, **loaded["facts"], "digest": loaded["digest"]},
+            "stages": {stage.name: done["seconds"] for stage in stages(spec) if (done := finished(ctx, stage))},
+            "groups": ctx.results["groups"]["groups"], "overlaps": ctx.results["groups"]["overlaps"], "arms": arms,
+            "verdicts": ctx.results["verdict"]["verdicts"], "scores": ctx.results["scores"],
+            "data": {name: {"n": len(data), "tokens": data.tokens, "digest": data.digest()} for name, data in ((n, self._data(ctx, n)) for n in ("safety", "utility", "tune"))}
+            | {name: {"n": len(prompts), "digest": digest(prompts)} for name, prompts in self._questions(ctx).prompts.items()},
+            "sizes": {"groups": ctx.results["groups"]["bytes"], **{f"adapter {arm.name}": ctx.results[f"tune:{arm.name}"]["adapter"]["bytes"] for arm in spec.arms}},
+        }  # fmt: skip
+        write_record(ctx.folder, "drift", spec, body)
+        report = build_report(ctx.folder)
+        return {"page": report.page.name, "verdict": report.verdict}
+
+    # ---- what they share ----------------------------------------------------------------------------------------------
+
+    def _loaded(self, ctx: Context) -> dict[str, Any]:
+        """Model, tokenizer, digest and sizes, loaded once a process."""
+        if "loaded" not in ctx.shared:
+            model, tokenizer = load(self.spec.model)
+            linears = scored_linears(model)
+            facts = {"parameters": sum(p.numel() for p in model.parameters()), "scored": sum(m.weight.numel() for m in linears.values()),
+                     "matrices": len(linears), "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+            ctx.shared["loaded"] = {"model": model, "tokenizer": tokenizer, "digest": model_digest(model), "facts": facts}
+        return dict(ctx.shared["loaded"])
+
+    def _base(self, ctx: Context) -> tuple[Any, Any]:
+        """The model as it was loaded, whatever an earlier stage put on it."""
+        loaded = self._loaded(ctx)
+        if is_adapted(loaded["model"]):
+            unload(loaded["model"])
+        ctx.shared.pop("tuned", None)
+        return loaded["model"], loaded["tokenizer"]
+
+    def _data(self, ctx: Context, name: str) -> Encodings:
+        """Encoded conversations: `safety` and `utility` as many as are scored, `tune` all."""
+        kept = ctx.shared.setdefault("data", {})
+        if name not in kept:
+            loaded, run = self._loaded(ctx), self.spec.tune.run
+            context = run.context or min(getattr(loaded["model"].config, "max_position_embeddings", 1024), 1024)
+            tasks = self.spec.tune.data if name == "tune" else getattr(self.spec, name)
+            conversations = [conversation for task in tasks for conversation in task.train()]
+            encoded = encode_all(loaded["tokenizer"], conversations, context, run.too_long)
+            limit = None if name == "tune" else self.spec.score.samples
+            kept[name] = dataclasses.replace(encoded, items=encoded.items[:limit])
+        return kept[name]
+
+    def _questions(self, ctx: Context) -> behaviour.Questions:
+        if "questions" not in ctx.shared:
+            ctx.shared["questions"] = behaviour.questions(self.spec.evaluate, self.spec.seed)
+        return ctx.shared["questions"]
+
+    def _groups(self, ctx: Context) -> dict[str, Group]:
+        if "groups" not in ctx.shared:
+            ctx.shared["groups"] = {name: Group.load(ctx.path("groups") / name) for name in ctx.results["groups"]["groups"]}
+        return ctx.shared["groups"]
+
+    def _nulls(self, ctx: Context) -> list[Group]:
+        """Matched random groups: kept as their seed, drawn again when they are needed."""
+        if "nulls" not in ctx.shared:
+            focus = self._groups(ctx)[self.spec.groups.focus]
+            ctx.shared["nulls"] = random_groups(focus, self.spec.groups.nulls, self.spec.seed + 1, _weights(self._loaded(ctx)["model"]))
+        return ctx.shared["nulls"]
+
+    def _scores_folder(self, ctx: Context, name: str) -> Path:
+        root = Path(self.spec.score.scratch) / f"deltalab-{digest(str(ctx.folder.resolve()))}" if self.spec.score.scratch else ctx.path("scores")
+        return root / name
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {path: base_weight(model, path) for path in scored_linears(model)}
+
+
+def _label(name: str, spec: DriftStudySpec) -> str:
+    """A group in words, with its shares."""
+    g = spec.groups
+    return {"safety": f"safety (top {100 * g.q:g} %)", "utility": f"utility (top {100 * g.q:g} %)", "random": "random", "matched": "matched random",
+            "safety-only": f"safety-only (top {100 * g.q:g} % for safety without top {100 * g.p:g} % for utility)"}[name]  # fmt: skip
+
+
+def _described(name: str, group: Group, spec: DriftStudySpec) -> dict[str, Any]:
+    sizes: dict[str, list[int]] = {}
+    for path, count in group.counts.items():
+        out, in_ = group.shapes[path]
+        kind = sizes.setdefault(leaf(path), [0, 0])
+        kind[0] += count
+        kind[1] += out * in_
+    return {"label": _label(name, spec), "entries": group.count, "fraction": group.fraction, "info": group.info,
+            "kinds": {kind: count / total for kind, (count, total) in sizes.items()},
+            "per_matrix": {path: count / (group.shapes[path][0] * group.shapes[path][1]) for path, count in group.counts.items()}}  # fmt: skip
+
+
+def _independent(a: Group, b: Group) -> float:
+    """The Jaccard index of two groups of these sizes if they were drawn independently."""
+    x, y = a.fraction, b.fraction
+    return x * y / (x + y - x * y)
+
+
+def _curve(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the drift curve without its matrices and single draws, which stay in the stage's own file."""
+    groups = {name: group["overall"] for name, group in row["groups"].items()}
+    return {"step": row["step"], "groups": groups, "nulls": {name: {"draws": null["draws"], "band": null["band"]} for name, null in row["nulls"].items()}}
+
+
+def _smoothed(losses: Sequence[float], points: int = 60) -> list[list[float]]:
+    """The loss as the mean of at most `points` stretches of steps, each at its last step."""
+    ends = np.unique(np.linspace(0, len(losses), min(points, len(losses)) + 1).round().astype(int))
+    return [[int(b), float(np.mean(losses[a:b]))] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _distributions(probe: DriftProbe, model: nn.Module) -> dict[str, Any]:
+    """Root-mean-square change by row: a histogram on a log axis and quantiles, of each group and of the nulls together."""
+    rows = probe.rows(model)
+    values = {name: table["l2_per_sqrt"].numpy() for name, table in rows["groups"].items()}
+    values |= {f"matched to {name}": table["l2_per_sqrt"].numpy() for name, table in rows["nulls"].items()}
+    moved = np.concatenate([v[v > 0] for v in values.values()])
+    low, high = np.log10(np.quantile(moved, [0.001, 0.999])) if len(moved) else (-6.0, -1.0)
+    edges = np.linspace(low, max(high, low + 0.1), BINS + 1)
+    out = {}
+    for name, v in values.items():
+        counts = np.histogram(np.log10(v[v > 0]).clip(edges[0], edges[-1]), edges)[0]
+        out[name] = {"rows": len(v), "zeros": int((v == 0).sum()), "edges": edges.tolist(), "counts": counts.tolist(),
+                     "quantiles": {str(q): float(np.quantile(v, q)) if len(v) else 0.0 for q in (0.05, 0.25, 0.5, 0.75, 0.95)}}  # fmt: skip
+    return out
+
+
+def estimated(spec: DriftStudySpec, steps: Sequence[Stage]) -> list[Stage]:
+    """The stages with what they will need, as far as it is known before anything runs."""
+    return [dataclasses.replace(step, estimate=Estimate()) for step in steps]
