@@ -66,7 +66,7 @@ class ChatTemplate:
         """The rendered text, and per reply: its first character, its end, and the end of what the template adds."""
         text, marked = self._render(messages)
         replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(marked) == len(replies):
+        if replies and len(marked) == len(replies):
             ends = [start for start, _ in marked[1:]] + [len(text)]
             return text, [(start, stop, end) for (start, stop), end in zip(marked, ends, strict=True)]
         spans = []
