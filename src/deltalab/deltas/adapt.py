@@ -181,7 +181,7 @@ def merged(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if ".delta." not in name:
             value = parameter.detach()
-            memo[id(parameter)] = nn.Parameter(value.clone() if name in state.start else value, requires_grad=state.was_trainable.get(name, False))
+            memo[id(parameter)] = nn.Parameter(value.clone() if name in state.start else value, requires_grad=state.was_trainable.get(name, parameter.requires_grad))
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     plain = copy.deepcopy(model, memo)
     for path in deltas:

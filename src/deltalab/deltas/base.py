@@ -162,8 +162,8 @@ class WeightDelta(Delta):
         return base(x) + F.linear(self.drop(x), self.change(W).to(x.dtype))
 
 
-def weight_of(linear: nn.Module) -> Float[Tensor, "out in"]:
-    """A linear's weight as (out, in): a transposed view for Conv1D."""
+def weight_of(linear: nn.Module) -> Float[Tensor, "..."]:
+    """A linear's weight as (out, in): a transposed view for Conv1D. Of other modules the weight as it is."""
     return as_stored(linear, linear.weight)
 
 

@@ -35,8 +35,8 @@ class Train(ParameterSpec):
     method: Literal["train"] = "train"
     what: str | list[str] = "full"
 
-    def __init__(self, what: Any = None, /, **values: Any) -> None:
-        super().__init__(**(values if what is None else {"what": what, **values}))
+    def __init__(self, what: Any = "full", **values: Any) -> None:
+        super().__init__(what=what, **values)
 
     def parameters(self, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_parameters()]
@@ -115,7 +115,7 @@ class Freezer:
                     delta.keep = None
 
 
-def freeze(model: nn.Module, masks: Mapping[str, Bool[Tensor, "out in"]], variant: Variant) -> Freezer:
+def freeze(model: nn.Module, masks: Mapping[str, Tensor], variant: str) -> Freezer:
     """Hold the entries where `masks` are True; masks: module path -> (out, in), on any device.
 
     Raises: UserError for an unknown path, a wrong shape, or a variant that would hold nothing that moves.
@@ -139,11 +139,17 @@ def freeze(model: nn.Module, masks: Mapping[str, Bool[Tensor, "out in"]], varian
         raise UserError("freezing 'delta_mask' masks the change of a weight delta, " + ("and the weights themselves train too." if trained else "and none of these matrices has one."),
                         found=f"{len(trained)} of the {len(masks)} matrices train themselves, {len(adapted)} have a weight delta",
                         next="freeze with variant 'exact', or adapt with LoRA alone")  # fmt: skip
-    return Freezer(model, masks, variant)
+    return Freezer(model, masks, variant)  # type: ignore[arg-type]
 
 
 def _zero_at(mask: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(mask, 0)
+
+
+def _above(name: str) -> list[str]:
+    """A parameter's name and the paths of the modules that it lies in."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
 def _named(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
@@ -167,9 +173,9 @@ def _named(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
             raise UserError(f"'{pattern}' names no blocks of {model_name(model)}.", found=f"{len(blocks)} blocks", nearest=["last-1", f"last-{len(blocks)}"])
         last = tuple(f"{path}.{i}." for i in range(len(blocks) - int(pattern[5:]), len(blocks)))
         return [name for name in names if name.startswith(last)]
-    found = [name for name in names if pattern_matches(pattern, name) or pattern_matches(pattern, name.rpartition(".")[0])]
+    found = [name for name in names if any(pattern_matches(pattern, part) for part in _above(name))]
     if not found:
-        parts = {part for name in names for part in (name, leaf(name.rpartition(".")[0]))}
+        parts = {leaf(part) for name in names for part in _above(name)}
         raise UserError(f"'{pattern}' matches no parameter of {model_name(model)}.", nearest=nearest(pattern, [*WHAT, *sorted(parts)]),
                         next="names as in model.named_parameters(), patterns, or: " + ", ".join(WHAT))  # fmt: skip
     return found

@@ -1,0 +1,28 @@
+"""A delta that does something: the start of every method computes what the base does, so tests move it first."""
+
+import torch
+from torch import nn
+
+from deltalab.deltas.adapt import attached
+
+
+def perturbed(model: nn.Module, size: float = 0.1, seed: int = 0) -> nn.Module:
+    """Add noise to every parameter of every delta, and to the model's own parameters that train."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = [p for delta in attached(model).values() for p in delta.parameters()]
+    moved += [p for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name]
+    with torch.no_grad():
+        for parameter in moved:
+            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    """The same keys in the same order, every tensor bitwise the same, the same classes and the same trainability."""
+    first, second = a.state_dict(), b.state_dict()
+    return (
+        list(first) == list(second)
+        and all(torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)) for key in first)
+        and [type(m) for m in a.modules()] == [type(m) for m in b.modules()]
+        and [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
+    )
