@@ -5,16 +5,17 @@ give the same answer for the same seed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats as sps
 
 from deltalab.core.errors import UserError
 
 Floats = NDArray[np.float64]
+Values = Sequence[Any] | NDArray[Any]
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -29,10 +30,8 @@ class Interval(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-class Test(NamedTuple):
+class Significance(NamedTuple):
     """A test statistic and its p-value."""
-
-    __test__ = False  # no test case, whatever pytest thinks of the name
 
     statistic: float
     p: float
@@ -97,7 +96,7 @@ def _phi(a: int, b: int, c: int, d: int) -> float:
     return corrected / math.sqrt(margins)
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> Test:
+def mcnemar(before: Values, after: Values) -> Significance:
     """Exact McNemar test that two yes/no outcomes on the same items are equally frequent.
 
     before, after: booleans, (n,) each. The statistic is the number of items that only `before` has.
@@ -106,27 +105,27 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> Test:
     _same_length(x, y)
     lost, gained = int((x & ~y).sum()), int((~x & y).sum())
     if lost + gained == 0:
-        return Test(0.0, 1.0)
-    return Test(float(lost), float(sps.binomtest(lost, lost + gained, 0.5).pvalue))
+        return Significance(0.0, 1.0)
+    return Significance(float(lost), float(sps.binomtest(lost, lost + gained, 0.5).pvalue))
 
 
 # ---- effect sizes -------------------------------------------------------------------------------------------------
 
 
-def cohen_d(x: ArrayLike, y: ArrayLike) -> float:
+def cohen_d(x: Values, y: Values) -> float:
     """Standardised difference of means, (mean x − mean y) / pooled standard deviation. Infinite if neither varies."""
     a, b = _array(x, 2), _array(y, 2)
     pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
     return _ratio(float(a.mean() - b.mean()), math.sqrt(pooled))
 
 
-def cliff_delta(x: ArrayLike, y: ArrayLike) -> float:
+def cliff_delta(x: Values, y: Values) -> float:
     """P(X > Y) − P(X < Y) over all pairs, in [−1, 1]; 2·AUC − 1."""
     a, b = _array(x), _array(y)
     return float(2 * sps.mannwhitneyu(a, b, method="asymptotic").statistic / (len(a) * len(b)) - 1)
 
 
-def standing(value: float, null: ArrayLike) -> float:
+def standing(value: float, null: Values) -> float:
     """How many standard deviations of the null draws `value` lies above their mean. Infinite if they do not vary."""
     draws = _array(null, 2)
     return _ratio(float(value - draws.mean()), float(draws.std(ddof=1)))
@@ -141,7 +140,7 @@ def _ratio(difference: float, spread: float) -> float:
 # ---- tests --------------------------------------------------------------------------------------------------------
 
 
-def empirical_p(value: float, null: ArrayLike, alternative: Alternative = "greater") -> float:
+def empirical_p(value: float, null: Values, alternative: Alternative = "greater") -> float:
     """p of `value` against draws of a null: (1 + number at least as extreme) / (n + 1), never zero.
 
     Two-sided: twice the smaller of the one-sided values, at most 1. With n draws no one-sided p is below 1/(n + 1).
@@ -153,14 +152,14 @@ def empirical_p(value: float, null: ArrayLike, alternative: Alternative = "great
 
 
 def permutation(
-    x: ArrayLike,
-    y: ArrayLike,
+    x: Values,
+    y: Values,
     *,
     paired: bool = False,
     alternative: Alternative = "two-sided",
     draws: int = 9999,
     seed: int = 0,
-) -> Test:
+) -> Significance:
     """Permutation test of the difference of means; exact where there are at most `draws` arrangements.
 
     paired: signs of x − y are exchanged, in place of labels.
@@ -172,10 +171,10 @@ def permutation(
         (a, b), lambda u, v, axis: u.mean(axis=axis) - v.mean(axis=axis), vectorized=True, alternative=alternative,
         permutation_type="samples" if paired else "independent", n_resamples=draws, rng=np.random.default_rng(seed),
     )  # fmt: skip
-    return Test(float(result.statistic), float(result.pvalue))
+    return Significance(float(result.statistic), float(result.pvalue))
 
 
-def tost(x: ArrayLike, y: ArrayLike | float, margin: float, *, paired: bool = False) -> Equivalence:
+def tost(x: Values, y: Values | float, margin: float, *, paired: bool = False) -> Equivalence:
     """Two one-sided t tests of |mean x − mean y| < margin (Schuirmann 1987).
 
     y: a sample (Welch's unequal variances, or `paired`), or a number that the mean of x is compared with.
@@ -199,7 +198,7 @@ def tost(x: ArrayLike, y: ArrayLike | float, margin: float, *, paired: bool = Fa
     return _two_one_sided(difference, spread, df, margin)
 
 
-def tost_single(value: float, null: ArrayLike, margin: float) -> Equivalence:
+def tost_single(value: float, null: Values, margin: float) -> Equivalence:
     """Equivalence of one value with the population that the null draws come from (t of a single case, Crawford & Howell 1998).
 
     The value is one draw of its own population with the spread of the null's, so the standard error of the difference
@@ -219,7 +218,7 @@ def _two_one_sided(difference: float, spread: float, df: float, margin: float) -
     return Equivalence(difference, float(sps.t.sf(lower, df)), float(sps.t.cdf(upper, df)))
 
 
-def holm(p: ArrayLike) -> Floats:
+def holm(p: Values) -> Floats:
     """Holm's adjusted p-values, in the order given: each may be compared with α itself (Holm 1979)."""
     values = _array(p)
     order = np.argsort(values, kind="stable")
@@ -232,7 +231,7 @@ def holm(p: ArrayLike) -> Floats:
 # ---- intervals of means -------------------------------------------------------------------------------------------
 
 
-def t_interval(x: ArrayLike, level: float = 0.95) -> Interval:
+def t_interval(x: Values, level: float = 0.95) -> Interval:
     """Student's interval of a mean; what to use over 3 or 5 seeds, where a percentile bootstrap covers .74 and .82."""
     a = _array(x, 2)
     half = float(sps.t.ppf((1 + level) / 2, len(a) - 1) * a.std(ddof=1) / math.sqrt(len(a)))
@@ -240,7 +239,7 @@ def t_interval(x: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def bootstrap(
-    x: ArrayLike, clusters: ArrayLike | None = None, *, statistic: Callable[[Floats], float] | None = None,
+    x: Values, clusters: Values | None = None, *, statistic: Callable[[Floats], float] | None = None,
     level: float = 0.95, draws: int = 2000, seed: int = 0,
 ) -> Interval:  # fmt: skip
     """Percentile bootstrap of a statistic (default: the mean), resampling whole clusters.
@@ -267,7 +266,7 @@ def bootstrap(
     return Interval(float(a.mean()) if statistic is None else float(statistic(a)), float(low), float(high))
 
 
-def _array(x: ArrayLike, least: int = 1) -> Floats:
+def _array(x: Values, least: int = 1) -> Floats:
     values = np.asarray(x, dtype=np.float64).ravel()
     if len(values) < least:
         raise UserError(f"too few values: {len(values)}, at least {least} needed.")
