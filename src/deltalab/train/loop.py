@@ -38,6 +38,10 @@ from deltalab.train.progress import Progress
 from deltalab.train.spec import LoopSpec
 
 
+ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What `Accelerator.prepare` sets on a model. Left there, a second run on it would skip the mixed precision."""
+
+
 class Probe(Protocol):
     """Something measured while training: at step 0, every `every` steps, and at the last. It may draw no lasting RNG."""
 
@@ -133,7 +137,7 @@ class Loop:
         optimizer = make_optimizer(self.model, self.spec.optim)
         if self.freezer is not None:
             self.freezer.install(optimizer)
-        mode = self.model.training
+        mode, marks = self.model.training, {key: self.model.__dict__.get(key) for key in ACCELERATE_MARKS}
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.on_main = self.accelerator.is_main_process
         try:
@@ -144,9 +148,11 @@ class Loop:
             if self.keeps_best and self.state.best is not None:
                 load_trained_state(self.model, self._best())
         finally:
-            self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
             self.model.train(mode)
+            for key, value in marks.items():
+                self.model.__dict__.pop(key, None)
+                if value is not None:
+                    self.model.__dict__[key] = value
             for parameter in self.names:
                 parameter.grad = None
         losses = [row["loss"] for row in self.curves.rows.get("train", [])]
