@@ -32,6 +32,11 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def is_harmful(prompts: str) -> bool:
+    """Whether the prompts of a set ought to be refused."""
+    return prompts != "xstest_safe"
+
+
 class GroupsSpec(Spec):
     """Which weights are looked at.
 
@@ -130,11 +135,6 @@ class DriftStudySpec(Spec):
         if len(set(labels)) < len(labels):
             raise ValueError("two arms freeze the same group")
         return self
-
-
-def is_harmful(prompts: str) -> bool:
-    """Whether the prompts of a set ought to be refused."""
-    return prompts != "xstest_safe"
 
 
 def run_study(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltalab.core.files import remove, write_json
+from deltalab.core.files import remove
 from deltalab.core.records import write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Encodings, encode_all
@@ -39,7 +39,7 @@ def stages(spec: DriftStudySpec) -> list[Stage]:
     ]
     for arm in spec.arms:
         out.append(Stage(f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on))
-        out.append(Stage(f"evaluate:{arm.name}", s.evaluation(arm.name), needs=(f"tune:{arm.name}",), inputs=s.asked))
+        out.append(Stage(f"evaluate:{arm.name}", s.evaluation(arm.name), needs=("evaluate:before", f"tune:{arm.name}"), inputs=s.asked))
     measured = tuple(stage.name for stage in out)
     out.append(Stage("verdict", s.verdict, needs=measured[1:]))
     out.append(Stage("report", s.report, needs=(*measured, "verdict")))
@@ -140,9 +140,8 @@ class Steps:
                 model, tokenizer = self._base(ctx)
                 if arm != "before":
                     load_adapter(model, ctx.path(f"tune:{arm}") / "adapter")
-            result, replies = behaviour.evaluate(model, tokenizer, self._questions(ctx), self.spec.evaluate)
-            write_json(ctx.path(f"evaluate:{arm}") / "replies.json", replies)
-            return result
+            tokens = None if arm == "before" else ctx.results["evaluate:before"]["refusal_tokens"]
+            return behaviour.evaluate(model, tokenizer, self._questions(ctx), self.spec.evaluate, ctx.path(f"evaluate:{arm}"), tokens)
 
         return run
 
