@@ -31,11 +31,11 @@ from deltalab.deltas.base import weight_of
 from deltalab.deltas.select import layer_of
 
 Indices = Mapping[str, Tensor]
-"""Module path → flat indices (row · in + column) of a group's entries in that matrix."""
+"""Module path → flat indices (row · in + column), ascending, of a group's entries in that matrix."""
 
 MEASURES = ("cosine", "cosine_distance", "l2", "l2_per_sqrt", "relative_mean", "relative_norm")
 EPSILON = 1e-8
-DENSE_ABOVE = 0.03
+DENSE_ABOVE = 0.05
 """Share of a matrix's entries, over all groups together, from which the dense ΔW is cheaper than gathering from A and B."""
 CHUNK = 1 << 22
 CACHED_BYTES = 1 << 30
@@ -97,7 +97,8 @@ class DriftProbe:
         self.groups, self.nulls = dict(groups), {key: list(draws) for key, draws in (nulls or {}).items()}
         self._sets: list[Indices] = [*self.groups.values(), *(draw for draws in self.nulls.values() for draw in draws)]
         self.paths = list(dict.fromkeys(path for group in self._sets for path in group))
-        self._cache: dict[str, list[tuple[Tensor, list[int]]]] | None = None
+        self._cache: dict[str, list[tuple[Tensor, list[int]]]] = {}
+        self._cached = 0
 
     def measure(self, model: nn.Module, step: int) -> dict[str, Any]:
         """Drift now, as JSON.
@@ -190,10 +191,14 @@ class DriftProbe:
 
     def _chunks(self, path: str) -> list[tuple[Tensor, list[int]]]:
         """The sets' indices in one matrix, joined until they are large, with their counts; kept while they are small."""
-        if self._cache is None:
-            total = sum(len(group[path]) for path in self.paths for group in self._sets if path in group)
-            self._cache = {path: self._join(path) for path in self.paths} if 4 * total <= CACHED_BYTES else {}
-        return self._cache.get(path) or self._join(path)
+        if path in self._cache:
+            return self._cache[path]
+        chunks = self._join(path)
+        size = sum(index.numel() * index.element_size() for index, _ in chunks)
+        if self._cached + size <= CACHED_BYTES:
+            self._cached += size
+            self._cache[path] = chunks
+        return chunks
 
     def _join(self, path: str) -> list[tuple[Tensor, list[int]]]:
         chunks: list[tuple[list[Tensor], list[int]]] = [([], [])]
@@ -201,7 +206,7 @@ class DriftProbe:
             index = group[path] if path in group else torch.zeros(0, dtype=torch.int64)
             if sum(chunks[-1][1]) + len(index) > CHUNK and chunks[-1][1]:
                 chunks.append(([], []))
-            small = index.to(torch.int32) if not len(index) or int(index.max()) < 2**31 else index
+            small = index.to(torch.int32) if not len(index) or int(index[-1]) < 2**31 else index  # ascending
             chunks[-1][0].append(small)
             chunks[-1][1].append(len(index))
         return [(torch.cat(indices), counts) for indices, counts in chunks]

@@ -51,10 +51,13 @@ class Group(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def __contains__(self, path: object) -> bool:  # a mapping's own would unpack the entries to find out
+        return path in self.shapes
+
     def indices(self, path: str) -> Int[Tensor, " k"]:
         """Flat indices of the entries in one matrix, ascending, int64."""
-        data = self._stored(path)
-        return data.long() if data.dtype != torch.uint8 else self.mask(path).flatten().nonzero()[:, 0]
+        data, (out, in_) = self._stored(path), self.shapes[path]
+        return data.long() if data.dtype != torch.uint8 else torch.from_numpy(np.flatnonzero(np.unpackbits(data.numpy(), count=out * in_).view(bool)))
 
     def mask(self, path: str) -> Bool[Tensor, "out in"]:
         """True where the group is, in one matrix."""
