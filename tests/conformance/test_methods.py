@@ -55,7 +55,12 @@ def test_the_start_depends_on_seed_and_path_alone(method, family):
     def starts(seed, targets):
         return trained_state(dl.adapt(MODELS[family](), method(targets=targets), seed=seed))
 
-    one, again, other, wider = starts(1, "attention"), starts(1, "attention"), starts(2, "attention"), starts(1, "all-linear")
+    one, again, other, wider = (
+        starts(1, "attention"),
+        starts(1, "attention"),
+        starts(2, "attention"),
+        starts(1, "all-linear"),
+    )
     assert all(torch.equal(one[key], again[key]) and torch.equal(one[key], wider[key]) for key in one)
     drawn = [key for key in one if one[key].unique().numel() > 1]
     assert all(not torch.equal(one[key], other[key]) for key in drawn)
@@ -77,7 +82,9 @@ def test_merged_model_computes_what_the_adapted_one_does(method, family):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plain = dl.merged(model)
     assert_close_by_norm(plain(tokens()).logits, model(tokens()).logits, MERGED.get(family, 1e-5))
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "merging changed the model"
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), (
+        "merging changed the model"
+    )
     assert [type(m) for m in plain.modules()] == [type(m) for m in MODELS[family]().modules()]
     assert list(plain.state_dict()) == list(MODELS[family]().state_dict())
 

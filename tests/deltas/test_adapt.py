@@ -26,7 +26,14 @@ def trained(model, steps=3, **options):
 
 def test_a_failed_adapt_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llama()
-    for spec in (dl.LoRA(targets="q_prj"), [dl.LoRA(), dl.Train("nrms")], [dl.LoRA(), dl.LoRA(targets="attention")], [], "LoRA", [dl.LoRA(), 3]):
+    for spec in (
+        dl.LoRA(targets="q_prj"),
+        [dl.LoRA(), dl.Train("nrms")],
+        [dl.LoRA(), dl.LoRA(targets="attention")],
+        [],
+        "LoRA",
+        [dl.LoRA(), 3],
+    ):
         with pytest.raises(dl.UserError):
             dl.adapt(model, spec)
         assert states_equal(model, tiny_llama())
@@ -52,7 +59,9 @@ def test_two_deltas_for_one_linear_are_refused_by_name():
 def test_composition_trains_both_and_merges():
     model = trained(dl.adapt(tiny_llama(), [dl.LoRA(r=2, targets="attention"), dl.Train("norms")]))
     base = tiny_llama()
-    changed = {n for n, p in dl.merged(model).named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
+    changed = {
+        n for n, p in dl.merged(model).named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])
+    }
     norms = {n for n, _ in base.named_parameters() if "norm" in n}
     assert changed == {f"{path}.weight" for path in attached(model)} | norms
     assert_close_by_norm(dl.merged(model)(tokens()).logits, model(tokens()).logits, 1e-5)
@@ -100,7 +109,17 @@ def test_train_bitfit():
     assert "ln_f.bias" in " ".join(dl.Train("bitfit").parameters(tiny_gpt2()))
 
 
-@pytest.mark.parametrize(("what", "match"), [("nrms", "norms"), ("last-9", "2 blocks"), ("last-0", "2 blocks"), ("last-x", "2 blocks"), ([], "no parameters"), (["norms", "zzz"], "zzz")])
+@pytest.mark.parametrize(
+    ("what", "match"),
+    [
+        ("nrms", "norms"),
+        ("last-9", "2 blocks"),
+        ("last-0", "2 blocks"),
+        ("last-x", "2 blocks"),
+        ([], "no parameters"),
+        (["norms", "zzz"], "zzz"),
+    ],
+)
 def test_train_what_is_not_there(what, match):
     with pytest.raises(dl.UserError, match=match):
         dl.adapt(tiny_llama(), dl.Train(what))
@@ -173,9 +192,14 @@ def test_gpt2_weights_are_out_by_in():
     path = "transformer.h.0.attn.c_attn"
     assert dl.delta_weight(model, path).shape == (96, 32)
     assert torch.equal(base_weight(model, path), tiny_gpt2().get_submodule(path).weight.T)
-    assert_close_by_norm(delta_entries(model, path, torch.tensor([95 * 32 + 1])), dl.delta_weight(model, path)[95, 1:2], 1e-6)
+    assert_close_by_norm(
+        delta_entries(model, path, torch.tensor([95 * 32 + 1])), dl.delta_weight(model, path)[95, 1:2], 1e-6
+    )
     full = trained(dl.adapt(tiny_gpt2(), dl.Train("full")))
-    assert torch.equal(dl.delta_weight(full, path), (full.get_submodule(path).weight.detach() - tiny_gpt2().get_submodule(path).weight).T)
+    assert torch.equal(
+        dl.delta_weight(full, path),
+        (full.get_submodule(path).weight.detach() - tiny_gpt2().get_submodule(path).weight).T,
+    )
 
 
 def test_unknown_paths_and_entries():

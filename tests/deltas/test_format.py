@@ -162,7 +162,9 @@ def test_saving_replaces_the_adapter_and_leaves_other_files(folder):
 
 def test_a_failed_save_leaves_the_old_adapter(folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(dl.UserError, match="disk is full"):
         dl.save_adapter(dl.adapt(tiny_llama(), dl.LoRA(r=3)), folder)
     monkeypatch.undo()

@@ -25,10 +25,10 @@ CONFIGS = {
     "expression": {"r": 2, "lora_alpha": 8, "target_modules": r".*\.0\..*(q|k)_proj"},
     "all-linear": {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"},
     "without": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-    "patterns": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-                 "alpha_pattern": {"v_proj": 3, r"model.layers.1.*": 5}},  # fmt: skip
+    "patterns": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+                 "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3, "model.layers.1.*": 5}},
     "default targets": {"r": 2, "lora_alpha": 8},
-}
+}  # fmt: skip
 
 
 def with_peft(config, model=None, seed=0):
@@ -61,7 +61,11 @@ SPECS = {
     "layers": dl.LoRA(r=2, targets="all-linear", layers=[-1]),
     "one path": dl.LoRA(r=2, targets=["model.layers.0.self_attn.q_proj"]),
     "untied output": dl.LoRA(r=2, targets=["lm_head", "q_proj"]),
-    "several ranks": [dl.LoRA(r=2, alpha=4, targets=["q_proj"]), dl.LoRA(r=5, alpha=4, targets=["v_proj"]), dl.LoRA(r=2, alpha=3, targets="mlp", layers=[0])],
+    "several ranks": [
+        dl.LoRA(r=2, alpha=4, targets=["q_proj"]),
+        dl.LoRA(r=5, alpha=4, targets=["v_proj"]),
+        dl.LoRA(r=2, alpha=3, targets="mlp", layers=[0]),
+    ],
 }
 
 
@@ -71,7 +75,11 @@ def test_peft_loads_what_we_save(spec, tmp_path):
     dl.save_adapter(ours, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
     assert_close_by_norm(theirs(tokens()).logits, ours(tokens()).logits, 1e-5)
-    adapted_there = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    adapted_there = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
     assert adapted_there == set(attached(ours))
     assert sum("lora" in name for name, _ in theirs.named_parameters()) == 2 * len(attached(ours))
     again = dl.load_adapter(tiny_llama(), tmp_path / "out")
@@ -162,9 +170,17 @@ def test_a_peft_config_is_taken_for_a_spec():
     for config in CONFIGS.values():
         ours = perturbed(dl.adapt(tiny_llama(), peft.LoraConfig(**config)))
         theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config))
-        there = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        there = {
+            n.removeprefix("base_model.model.")
+            for n, m in theirs.named_modules()
+            if isinstance(m, peft.tuners.lora.LoraLayer)
+        }
         assert set(attached(ours)) == there
-        scales = {n.removeprefix("base_model.model."): m.scaling["default"] for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        scales = {
+            n.removeprefix("base_model.model."): m.scaling["default"]
+            for n, m in theirs.named_modules()
+            if isinstance(m, peft.tuners.lora.LoraLayer)
+        }
         assert {path: delta.s for path, delta in attached(ours).items()} == scales
     with pytest.raises(dl.UserError, match="use_dora=True"):
         dl.adapt(tiny_llama(), peft.LoraConfig(use_dora=True, target_modules=["q_proj"]))
@@ -185,7 +201,10 @@ def test_the_config_is_what_people_read(tmp_path):
     assert list(config) == sorted(config)
 
 
-@pytest.mark.parametrize("fault", [{"r": 0}, {"alpha": -1}, {"alpha": float("inf")}, {"dropout": 1.0}, {"targets": []}, {"rank": 8}, {"r": "many"}])
+@pytest.mark.parametrize(
+    "fault",
+    [{"r": 0}, {"alpha": -1}, {"alpha": float("inf")}, {"dropout": 1.0}, {"targets": []}, {"rank": 8}, {"r": "many"}],
+)
 def test_faults_of_a_spec(fault):
     with pytest.raises(dl.UserError):
         build(dl.LoRA, fault)
@@ -194,7 +213,15 @@ def test_faults_of_a_spec(fault):
 def test_works_with_the_trainer_of_transformers(tmp_path):
     model = dl.adapt(tiny_llama(), dl.LoRA(r=2))
     data = [{"input_ids": row, "labels": row} for row in tokens(8)]
-    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
     transformers.Trainer(model, arguments, train_dataset=data).train()
     assert all(delta.B.abs().max() > 0 for delta in attached(model).values())
     assert adaptation(model).plan

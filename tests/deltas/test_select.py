@@ -55,7 +55,9 @@ def test_layers_from_both_ends():
 
 
 def test_a_selection_prints():
-    assert str(dl.select(tiny_llama(), "q,v")) == "4 of 15 linears of LlamaForCausalLM\n     2 × q_proj\n     2 × v_proj"
+    assert (
+        str(dl.select(tiny_llama(), "q,v")) == "4 of 15 linears of LlamaForCausalLM\n     2 × q_proj\n     2 × v_proj"
+    )
 
 
 def test_no_match_names_the_nearest_the_presets_and_the_command():
@@ -104,7 +106,13 @@ def test_fused_and_transposed_linears_are_named_not_skipped():
 
 
 def test_presets_of_other_families():
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32, "intermediate_size": 24}
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+        "intermediate_size": 24,
+    }
     phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**size, num_key_value_heads=2, pad_token_id=0))
     assert leaves(dl.select(phi, "attention")) == ["o_proj", "qkv_proj"]
     with pytest.raises(dl.UserError, match="qkv_proj"):
@@ -112,14 +120,31 @@ def test_presets_of_other_families():
     neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**size))
     assert leaves(dl.select(neox, "attention")) == ["dense", "query_key_value"]
     assert leaves(dl.select(neox, "mlp")) == ["dense_4h_to_h", "dense_h_to_4h"]
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, vocab_size=32, word_embed_proj_dim=16))
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=24,
+            vocab_size=32,
+            word_embed_proj_dim=16,
+        )
+    )
     assert leaves(dl.select(opt, "q,v")) == ["q_proj", "v_proj"]
     assert leaves(dl.select(opt, "mlp")) == ["fc1", "fc2"]
 
 
 def test_experts_in_one_parameter_are_refused_by_name():
     model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24, vocab_size=32, num_local_experts=2)
+        transformers.MixtralConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            vocab_size=32,
+            num_local_experts=2,
+        )
     )
     for targets in ("mlp", "all-linear"):
         with pytest.raises(dl.UserError, match="3-D parameters"):

@@ -10,32 +10,33 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltalab.core.errors import UserError, nearest
-from deltalab.core.shapes import Float, Int
-from deltalab.deltas.attach import Adapted, attach, detach, let_checkpoints_backpropagate, stop_marking
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, as_stored, weight_of, wide
+from deltalab.core.errors import UserError
+from deltalab.deltas import METHODS
+from deltalab.deltas.attach import attach, detach, let_checkpoints_backpropagate, stop_marking
+from deltalab.deltas.base import DeltaSpec, ParameterSpec, WeightDelta, as_stored, weight_of, wide
 from deltalab.deltas.peft_config import is_peft, peft_plan
-from deltalab.deltas.select import base_modules, leaf, model_name, select
+from deltalab.deltas.select import leaf, model_name, select
+from deltalab.deltas.weights import (
+    STATE,
+    Adaptation,
+    adaptation,
+    attached,
+    base_state,
+    base_weight,
+    delta_entries,
+    delta_weight,
+    is_adapted,
+    merged_weight,
+)
 
-STATE = "_deltalab"
-"""Attribute of an adapted model that holds its `Adaptation`; deepcopied with the model."""
-
-
-@dataclass
-class Adaptation:
-    """What `adapt` did. was_trainable: requires_grad before. start: CPU copies of the own parameters that train."""
-
-    plan: dict[str, DeltaSpec]
-    masks: list[ParameterSpec]
-    was_trainable: dict[str, bool]
-    start: dict[str, Tensor] = field(default_factory=dict)
-    not_saved: set[str] = field(default_factory=set)
+__all__ = ["Trainable", "adapt", "adaptation", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
+           "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "start", "trainable", "unload"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,16 @@ class Trainable:
         return self.total / self.count if self.count else float("inf")
 
     def __str__(self) -> str:
-        lines = [f"  {kind:<10} {module:<24} {modules:>5} × {count // modules:>10,} = {count:>13,}" for kind, module, modules, count in self.rows]
-        return "\n".join([*lines, f"  trains {self.count:,} of {self.total:,} parameters: {self.percent:.3g} %, {self.factor:,.0f} times fewer"])
+        lines = [
+            f"  {kind:<10} {module:<24} {modules:>5} × {count // modules:>10,} = {count:>13,}"
+            for kind, module, modules, count in self.rows
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"  trains {self.count:,} of {self.total:,} parameters: {self.percent:.3g} %, {self.factor:,.0f} times fewer",
+            ]
+        )
 
 
 def adapt(model: nn.Module, spec: Any, *, seed: int = 0) -> nn.Module:
@@ -74,7 +83,10 @@ def adapt(model: nn.Module, spec: Any, *, seed: int = 0) -> nn.Module:
     the model is as it was.
     """
     if is_adapted(model):
-        raise UserError(f"{model_name(model)} is adapted already.", next="deltalab.unload(model) first, or give adapt a list of specs")
+        raise UserError(
+            f"{model_name(model)} is adapted already.",
+            next="deltalab.unload(model) first, or give adapt a list of specs",
+        )
     items = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if not items:
         raise UserError("no delta is named.", next="for example deltalab.LoRA(r=8, targets='attention')")
@@ -91,7 +103,9 @@ def adapt(model: nn.Module, spec: Any, *, seed: int = 0) -> nn.Module:
         elif is_peft(item):
             chosen = peft_plan(model, item.to_dict(), fresh=True)
         else:
-            raise UserError(f"{item!r} is no delta.", nearest=["LoRA", "Train"], next="for example deltalab.LoRA(r=8)")
+            raise UserError(
+                f"{item!r} is no delta.", nearest=[*METHODS, "Train"], next="for example deltalab.LoRA(r=8)"
+            )
         twice = sorted(plan.keys() & chosen.keys())
         if twice:
             raise UserError(f"two deltas are meant for '{twice[0]}'; a linear holds one.", found=f"{len(twice)} linears are named twice",
@@ -100,7 +114,9 @@ def adapt(model: nn.Module, spec: Any, *, seed: int = 0) -> nn.Module:
     return start(model, plan, masks, names, seed)
 
 
-def start(model: nn.Module, plan: dict[str, DeltaSpec], masks: list[ParameterSpec], names: set[str], seed: int = 0) -> nn.Module:
+def start(
+    model: nn.Module, plan: dict[str, DeltaSpec], masks: list[ParameterSpec], names: set[str], seed: int = 0
+) -> nn.Module:
     """Attach a plan: path -> spec, and the names of the own parameters that train. `adapt` without its choices."""
     parameters = dict(model.named_parameters())
     state = Adaptation(plan, masks, {name: p.requires_grad for name, p in parameters.items()})
@@ -181,7 +197,10 @@ def merged(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if ".delta." not in name:
             value = parameter.detach()
-            memo[id(parameter)] = nn.Parameter(value.clone() if name in state.start else value, requires_grad=state.was_trainable.get(name, parameter.requires_grad))
+            memo[id(parameter)] = nn.Parameter(
+                value.clone() if name in state.start else value,
+                requires_grad=state.was_trainable.get(name, parameter.requires_grad),
+            )
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     plain = copy.deepcopy(model, memo)
     for path in deltas:
@@ -192,11 +211,6 @@ def merged(model: nn.Module) -> nn.Module:
     stop_marking(plain)
     _forget(plain, state)
     return plain
-
-
-def attached(model: nn.Module) -> dict[str, Delta]:
-    """Module path -> delta, in model order."""
-    return {name: module.delta for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def trainable(model: nn.Module) -> Trainable:
@@ -226,101 +240,6 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     return [{"params": params, "lr": rate} for rate, params in groups.items() if params]
 
 
-def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """ΔW of the module at `path`, (out, in), in fp32 or wider; W − W₀ where W itself trains; zeros where neither."""
-    module, start = _module(model, path), _start(model, path)
-    W = weight_of(module).detach()
-    total = torch.zeros(W.shape, dtype=wide(W.dtype), device=W.device) if start is None else W.to(wide(W.dtype)) - start
-    delta = _weight_delta(module, path)
-    if delta is not None:
-        with torch.no_grad():
-            total = total + delta.change(W)
-    return total
-
-
-def merged_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """W + ΔW of the module at `path`, (out, in), in fp32 or wider: never rounded to a 16-bit dtype."""
-    module = _module(model, path)
-    W = weight_of(module).detach().to(wide(module.weight.dtype))
-    delta = _weight_delta(module, path)
-    with torch.no_grad():
-        return W.clone() if delta is None else delta.adapted(W)
-
-
-def base_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """W₀ of the module at `path`, (out, in), in its own dtype: the weight that was loaded."""
-    start = _start(model, path)
-    W = weight_of(_module(model, path)).detach()
-    return W if start is None else start.to(W.dtype)
-
-
-def delta_entries(model: nn.Module, path: str, index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """ΔW at flat positions row · in + column, in fp32 or wider; without the dense ΔW where the method allows it.
-
-    Raises: UserError for a position outside the matrix.
-    """
-    module, start = _module(model, path), _start(model, path)
-    W = weight_of(module).detach()
-    index = index.to(W.device)
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < W.numel()):
-        raise UserError(f"entry {int(index.max())} is not in '{path}'.", found=f"{W.numel()} entries, shape {tuple(W.shape)}")
-    values = torch.zeros(index.shape, dtype=wide(W.dtype), device=W.device)
-    if start is not None:
-        values = W.reshape(-1)[index].to(values.dtype) - start.reshape(-1)[index].to(values.dtype)
-    delta = _weight_delta(module, path)
-    if delta is not None:
-        with torch.no_grad():
-            values = values + delta.entries(index, W)
-    return values
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `adapt` or `load_adapter` was here."""
-    return getattr(model, STATE, None) is not None
-
-
-def adaptation(model: nn.Module) -> Adaptation:
-    """What was done to the model. On a plain model: nothing was."""
-    return getattr(model, STATE, None) or Adaptation({}, [], {})
-
-
-def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter and saved buffer of the base model, as it was loaded."""
-    start = adaptation(model).start
-    for name, tensor in model.state_dict().items():
-        if ".delta." not in name:
-            yield name, start.get(name, tensor)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
-    name = path.removesuffix(".weight")
-    if name not in modules:
-        raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, modules),
-                        next=f"see every name: deltalab targets {model_name(model)}")  # fmt: skip
-    return modules[name]
-
-
-def _start(model: nn.Module, path: str) -> Tensor | None:
-    """W₀ as (out, in) on the weight's device, if W itself trains."""
-    starts = adaptation(model).start
-    if not starts:
-        return None
-    module = _module(model, path)
-    name = next((n for n, p in model.named_parameters() if p is module.weight), "")  # a tied weight has one name
-    if name not in starts:
-        return None
-    return as_stored(module, starts[name].to(module.weight.device))
-
-
-def _weight_delta(module: nn.Module, path: str) -> WeightDelta | None:
-    if not isinstance(module, Adapted):
-        return None
-    if not isinstance(module.delta, WeightDelta):
-        raise UserError(f"the delta on '{path}' depends on the input, so it is no change of the weight.", found=type(module.delta).__name__)
-    return module.delta
-
-
 def _forget(model: nn.Module, state: Adaptation) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     if ignored is not None:
@@ -333,5 +252,3 @@ def _generator(seed: int, path: str) -> torch.Generator:
     """A generator of the module's own: the start does not depend on which other modules are adapted."""
     digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-

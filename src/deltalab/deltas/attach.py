@@ -75,7 +75,12 @@ def stop_marking(model: nn.Module) -> None:
 
 def _mark(blocks: nn.ModuleList, _module: nn.Module, _args: Any, output: Tensor) -> None:
     block: Any = blocks[0]
-    if block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and output.is_leaf:
+    if (
+        block.training
+        and getattr(block, "gradient_checkpointing", False)
+        and torch.is_grad_enabled()
+        and output.is_leaf
+    ):
         output.requires_grad_(True)
 
 

@@ -36,7 +36,7 @@ class Train(ParameterSpec):
     what: str | list[str] = "full"
 
     def __init__(self, what: Any = "full", **values: Any) -> None:
-        super().__init__(what=what, **values)
+        super().__init__(what=what, **values)  # type: ignore[call-arg]
 
     def parameters(self, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_parameters()]
@@ -102,7 +102,12 @@ class Freezer:
             if path in self._weights:
                 now = linear.weight.detach()[self._masks[path]]
                 held &= torch.equal(now.view(torch.uint8), self._weights[path].view(torch.uint8))
-        return {"variant": self.variant, "entries": self.entries, "max_change": largest, "held": bool(held and largest == 0.0)}
+        return {
+            "variant": self.variant,
+            "entries": self.entries,
+            "max_change": largest,
+            "held": bool(held and largest == 0.0),
+        }
 
     def remove(self) -> None:
         """Stop holding: hooks off, and the deltas' `keep` masks with them, so that ΔW shows at these entries again."""
@@ -123,14 +128,22 @@ def freeze(model: nn.Module, masks: Mapping[str, Tensor], variant: str) -> Freez
     all_linears, deltas = linears(model), attached(model)
     for path, mask in masks.items():
         if path not in all_linears:
-            raise UserError(f"cannot freeze '{path}': no linear of {model_name(model)} is called that.", nearest=nearest(path, all_linears))
+            raise UserError(
+                f"cannot freeze '{path}': no linear of {model_name(model)} is called that.",
+                nearest=nearest(path, all_linears),
+            )
         shape = tuple(weight_of(all_linears[path]).shape)
         if tuple(mask.shape) != shape or mask.dtype is not torch.bool:
-            raise UserError(f"the mask of '{path}' must be bool {shape}.", found=f"{mask.dtype} {tuple(mask.shape)}".replace("torch.", ""))
+            raise UserError(
+                f"the mask of '{path}' must be bool {shape}.",
+                found=f"{mask.dtype} {tuple(mask.shape)}".replace("torch.", ""),
+            )
     trained = [path for path in masks if all_linears[path].weight.requires_grad]
     adapted = [path for path in masks if isinstance(deltas.get(path), WeightDelta)]
     if variant not in ("none", "exact", "delta_mask"):
-        raise UserError(f"'{variant}' is no way of freezing.", nearest=nearest(variant, ("none", "exact", "delta_mask")))
+        raise UserError(
+            f"'{variant}' is no way of freezing.", nearest=nearest(variant, ("none", "exact", "delta_mask"))
+        )
     if variant == "exact" and (adapted or not trained):
         raise UserError("freezing 'exact' would do nothing: it holds the model's own weights, and these do not train.",
                         found=f"{len(adapted)} of the {len(masks)} matrices have a delta, whose change W + ΔW adds at every entry",
@@ -159,18 +172,26 @@ def _named(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
     if pattern == "bitfit":
         found = [name for name in names if leaf(name) == "bias"]
         if not found:
-            raise UserError(f"{model_name(model)} has no biases, so 'bitfit' trains nothing.", nearest=["norms", "last-n", "full"])
+            raise UserError(
+                f"{model_name(model)} has no biases, so 'bitfit' trains nothing.", nearest=["norms", "last-n", "full"]
+            )
         return found
     if pattern == "norms":
         norms = [name for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
         found = [name for name in names if name.rpartition(".")[0] in norms]
         if not found:
-            raise UserError(f"{model_name(model)} has no normalisation layers with parameters.", nearest=["last-n", "full"])
+            raise UserError(
+                f"{model_name(model)} has no normalisation layers with parameters.", nearest=["last-n", "full"]
+            )
         return found
     if pattern.startswith("last-") and pattern[5:] not in names:
         path, blocks = decoder_blocks(model)
         if not pattern[5:].isdigit() or not 1 <= int(pattern[5:]) <= len(blocks):
-            raise UserError(f"'{pattern}' names no blocks of {model_name(model)}.", found=f"{len(blocks)} blocks", nearest=["last-1", f"last-{len(blocks)}"])
+            raise UserError(
+                f"'{pattern}' names no blocks of {model_name(model)}.",
+                found=f"{len(blocks)} blocks",
+                nearest=["last-1", f"last-{len(blocks)}"],
+            )
         last = tuple(f"{path}.{i}." for i in range(len(blocks) - int(pattern[5:]), len(blocks)))
         return [name for name in names if name.startswith(last)]
     found = [name for name in names if any(pattern_matches(pattern, part) for part in _above(name))]
@@ -179,5 +200,3 @@ def _named(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
         raise UserError(f"'{pattern}' matches no parameter of {model_name(model)}.", nearest=nearest(pattern, [*WHAT, *sorted(parts)]),
                         next="names as in model.named_parameters(), patterns, or: " + ", ".join(WHAT))  # fmt: skip
     return found
-
-

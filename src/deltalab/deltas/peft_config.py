@@ -35,7 +35,9 @@ def peft_plan(model: nn.Module, config: dict[str, Any], *, fresh: bool = False) 
     method = method_of(config)
     check_options(config)
     if fresh and config.get("init_lora_weights", True) is not True:
-        raise UserError(f"init_lora_weights={config['init_lora_weights']!r} is not supported for a new adapter.", nearest=["True"])
+        raise UserError(
+            f"init_lora_weights={config['init_lora_weights']!r} is not supported for a new adapter.", nearest=["True"]
+        )
     return {path: method.from_peft(config, path) for path in peft_targets(model, config)}
 
 
@@ -65,7 +67,10 @@ def check_options(config: dict[str, Any]) -> None:
                         next="merge it into its base model with peft, and load the result")  # fmt: skip
     missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), (int, float))]
     if missing:
-        raise UserError(f"the adapter's config says no {' and no '.join(missing)}.", found=f"keys: {', '.join(sorted(config)) or 'none'}")
+        raise UserError(
+            f"the adapter's config says no {' and no '.join(missing)}.",
+            found=f"keys: {', '.join(sorted(config)) or 'none'}",
+        )
 
 
 def peft_targets(model: nn.Module, config: dict[str, Any]) -> list[str]:
@@ -98,7 +103,10 @@ def peft_targets(model: nn.Module, config: dict[str, Any]) -> list[str]:
     elif excluded:
         found = [path for path in found if not any(path == name or path.endswith("." + name) for name in excluded)]
     if not found:
-        raise UserError(f"the adapter's targets match no linear of {model_name(model)}.", found=f"target_modules={wanted!r}, layers_to_transform={layers!r}")
+        raise UserError(
+            f"the adapter's targets match no linear of {model_name(model)}.",
+            found=f"target_modules={wanted!r}, layers_to_transform={layers!r}",
+        )
     select(model, found)  # refuses tied weights by name
     return found
 
@@ -108,7 +116,10 @@ def peft_where(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     kind: dict[str, Any] = {"fan_in_fan_out": any(isinstance(linears(model)[p], Conv1D) for p in paths)}
     short = sorted({leaf(path) for path in paths})
     layers = sorted({number for path in paths if (number := _layer(path, None)) is not None})
-    for where in ({"target_modules": short, "layers_to_transform": None}, {"target_modules": short, "layers_to_transform": layers}):
+    for where in (
+        {"target_modules": short, "layers_to_transform": None},
+        {"target_modules": short, "layers_to_transform": layers},
+    ):
         try:
             if set(peft_targets(model, where)) == set(paths):
                 return {**where, **kind}

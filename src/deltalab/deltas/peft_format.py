@@ -37,13 +37,19 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Raises: UserError if the model has none, or the folder cannot be written.
     """
     if not is_adapted(model):
-        raise UserError(f"{model_name(model)} has no adapter to save.", next="deltalab.adapt(model, ...) first, or model.save_pretrained")
+        raise UserError(
+            f"{model_name(model)} has no adapter to save.",
+            next="deltalab.adapt(model, ...) first, or model.save_pretrained",
+        )
     config, tensors = _as_peft(model) or _as_own(model)
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; an adapter is a folder.", next="choose another folder")
-    files = {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save(_on_cpu(tensors), {"format": "pt"})}
+    files = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+        WEIGHTS: save(_on_cpu(tensors), {"format": "pt"}),
+    }
     if folder.is_dir() and {p.name for p in folder.iterdir()} - files.keys():
         remove(folder / CONFIG)  # others' files stay; without its config a half-written adapter is not taken for one
         for name in (WEIGHTS, CONFIG):
@@ -69,7 +75,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if config.get("peft_type") == OWN_TYPE:
         return _load_own(model, config, tensors, folder)
     plan = peft_plan(model, config)
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, spec in plan.items():
         W = weight_of(model.get_submodule(path))
         skeleton = spec.build(W.shape[0], W.shape[1], dtype=torch.float32, device=torch.device("meta"))
@@ -89,7 +95,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     if not is_adapted(model):
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     paths, own = attached(model), adaptation(model).start
-    state = {f"{path}.delta.{key}": t.detach() for path, delta in paths.items() for key, t in delta.state_dict().items()}
+    state = {
+        f"{path}.delta.{key}": t.detach() for path, delta in paths.items() for key, t in delta.state_dict().items()
+    }
     return state | {name: p.detach() for name, p in model.named_parameters() if name in own}
 
 
@@ -105,7 +113,9 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if isinstance(delta, WeightDelta):
             W = weight_of(model.get_submodule(path))
             if mask is not None and tuple(mask.shape) != tuple(W.shape):
-                raise UserError(f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {tuple(W.shape)}")
+                raise UserError(
+                    f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {tuple(W.shape)}"
+                )
             delta.keep = None if mask is None else mask.to(W.device, torch.bool).clone()
     own = trained_state(model)
     _check(state, {name: tuple(t.shape) for name, t in own.items()}, "the trained state")
@@ -135,7 +145,13 @@ def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = adaptation(model)
     names = {cls: name for name, cls in methods().items()}
     plan = {path: {"kind": names[type(spec)], **spec.plain()} for path, spec in state.plan.items()}
-    config = {"peft_type": OWN_TYPE, "format": 1, "deltas": plan, "train": [mask.plain() for mask in state.masks], "own": sorted(state.start)}
+    config = {
+        "peft_type": OWN_TYPE,
+        "format": 1,
+        "deltas": plan,
+        "train": [mask.plain() for mask in state.masks],
+        "own": sorted(state.start),
+    }
     return config, {PREFIX + name: t for name, t in trained_state(model).items()}
 
 
@@ -149,12 +165,18 @@ def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tenso
         if kind not in known:
             raise UserError(f"adapter '{folder}' has a delta of kind {kind!r}.", nearest=sorted(known))
         if path not in linears:
-            raise UserError(f"adapter '{folder}' adapts '{path}', which {model_name(model)} does not have.", nearest=nearest(path, linears))
+            raise UserError(
+                f"adapter '{folder}' adapts '{path}', which {model_name(model)} does not have.",
+                nearest=nearest(path, linears),
+            )
         plan[path] = build(known[kind], values, f"adapter '{folder}'")
     own = dict(model.named_parameters())
     missing = [name for name in config.get("own", []) if name not in own]
     if missing:
-        raise UserError(f"adapter '{folder}' trains '{missing[0]}', which {model_name(model)} does not have.", nearest=nearest(missing[0], own))
+        raise UserError(
+            f"adapter '{folder}' trains '{missing[0]}', which {model_name(model)} does not have.",
+            nearest=nearest(missing[0], own),
+        )
     wrong = [key for key in tensors if not key.startswith(PREFIX)]
     if wrong:
         raise UserError(f"adapter '{folder}' has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
@@ -170,7 +192,11 @@ def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tenso
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of an adapter folder."""
     if not folder.is_dir():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()]) if folder.parent.is_dir() else []
+        near = (
+            nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()])
+            if folder.parent.is_dir()
+            else []
+        )
         raise UserError(f"adapter folder '{folder}' does not exist.", nearest=near)
     there = sorted(p.name for p in folder.iterdir())
     missing = [name for name in (CONFIG, WEIGHTS) if name not in there]
@@ -186,7 +212,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except safetensors.SafetensorError as error:
-        raise UserError(f"adapter file '{folder / WEIGHTS}' is damaged.", found=str(error), next="copy or save it again") from None
+        raise UserError(
+            f"adapter file '{folder / WEIGHTS}' is damaged.", found=str(error), next="copy or save it again"
+        ) from None
 
 
 def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -194,7 +222,11 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         near = nearest(missing[0], extra) if missing and extra else []
-        parts = [f"{len(keys)} {word}, the first '{keys[0]}'" for keys, word in ((missing, "missing"), (extra, "not expected")) if keys]
+        parts = [
+            f"{len(keys)} {word}, the first '{keys[0]}'"
+            for keys, word in ((missing, "missing"), (extra, "not expected"))
+            if keys
+        ]
         raise UserError(f"{what} does not fit: {'; '.join(parts)}.", found=f"{len(tensors)} tensors, {len(expected)} expected",
                         nearest=near[:1], next="load it on the model and with the targets that it was trained with")  # fmt: skip
     for key, shape in expected.items():

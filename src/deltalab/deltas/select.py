@@ -105,7 +105,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
             lists[name] = module
     if not lists:
-        raise UserError(f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers")
+        raise UserError(
+            f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
+        )
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
@@ -176,7 +178,9 @@ def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _in_attention(name: str) -> bool:
     *parents, last = name.split(".")
-    return any("attn" in part.lower() or "attention" in part.lower() for part in parents) or last in QUERY | VALUE | FUSED
+    return (
+        any("attn" in part.lower() or "attention" in part.lower() for part in parents) or last in QUERY | VALUE | FUSED
+    )
 
 
 def _preset(model: nn.Module, preset: str) -> set[str]:
@@ -194,10 +198,16 @@ def _preset(model: nn.Module, preset: str) -> set[str]:
             raise UserError(f"preset 'q,v' matches nothing in {_called(model)}: query, key and value are one fused linear there.",
                             found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
     else:
-        keep: dict[str, Callable[[str], bool]] = {"attention": _in_attention, "mlp": lambda n: not _in_attention(n), "all-linear": lambda n: True}
+        keep: dict[str, Callable[[str], bool]] = {
+            "attention": _in_attention,
+            "mlp": lambda n: not _in_attention(n),
+            "all-linear": lambda n: True,
+        }
         found = {name for name in inside if keep[preset](name)}
     if not found:
-        raise UserError(f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model))
+        raise UserError(
+            f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model)
+        )
     return found
 
 
@@ -206,7 +216,11 @@ def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> 
     if found:
         return found
     other = [(name, type(m).__name__) for name, m in base_modules(model) if name and pattern_matches(target, name)]
-    other += [(name, f"a parameter of shape {tuple(p.shape)}") for name, p in model.named_parameters() if pattern_matches(target, name)]
+    other += [
+        (name, f"a parameter of shape {tuple(p.shape)}")
+        for name, p in model.named_parameters()
+        if pattern_matches(target, name)
+    ]
     if other:
         raise UserError(f"target '{target}' matches no linear of {_called(model)}.", found=f"it matches {other[0][0]}, {_article(other[0][1])}: a delta sits on linears",
                         nearest=PRESETS, next=_see(model))  # fmt: skip
@@ -241,7 +255,10 @@ def _refuse_experts(model: nn.Module, what: str) -> None:
 
 
 def _names(found: dict[str, nn.Module]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in Counter(leaf(n) for n in found).items()) or "no linear in the blocks"
+    return (
+        ", ".join(f"{name} ({count})" for name, count in Counter(leaf(n) for n in found).items())
+        or "no linear in the blocks"
+    )
 
 
 def _see(model: nn.Module) -> str:

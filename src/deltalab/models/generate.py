@@ -72,7 +72,7 @@ def generate(
             for row, reply in zip(batch, replies, strict=True):
                 end = next((i for i, token in enumerate(reply) if token in stops), None)
                 body = reply if end is None else reply[:end]
-                results[row.index] = Generation(_shown(prompts[row.index]), tokenizer.decode(body, skip_special_tokens=True),
+                results[row.index] = Generation(_shown(prompts[row.index]), str(tokenizer.decode(body, skip_special_tokens=True)),
                                                 len(body) + (end is not None), end is not None, row.cut)  # fmt: skip
             if on_progress:
                 on_progress(len(results), len(rows))
@@ -94,7 +94,9 @@ def first_token_logprobs(
         for batch in _batches(rows, batch_size):
             ids, attention = _pad_left(batch, tokenizer.pad_token_id or 0, model.device)
             positions = (attention.cumsum(-1) - 1).clamp_min(0)
-            logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=1).logits
+            logits = model(
+                input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=1
+            ).logits
             for row, values in zip(batch, logits[:, -1].float().log_softmax(-1).cpu(), strict=True):
                 parts[row.index] = values
             if on_progress:
@@ -135,7 +137,12 @@ def _reply(
     config = transformers.GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, max_new_tokens=max(row.room for row in batch),
         eos_token_id=stops or None, pad_token_id=tokenizer.pad_token_id or 0, bos_token_id=tokenizer.bos_token_id)  # fmt: skip
-    out = model.generate(ids, attention_mask=attention, generation_config=config, logits_processor=transformers.LogitsProcessorList(sample))
+    out = model.generate(
+        ids,
+        attention_mask=attention,
+        generation_config=config,
+        logits_processor=transformers.LogitsProcessorList(sample),
+    )
     new = out[:, ids.shape[1] :].tolist()
     replies = []
     for row in new:
@@ -192,9 +199,14 @@ def _pad_left(batch: Sequence[_Row], pad: int, device: torch.device) -> tuple[Te
 def _text(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt, system: str | None, template: bool) -> str:
     if not template:
         if not isinstance(prompt, str) or system:
-            raise UserError("without a chat template a prompt is plain text.", next="pass strings and no system prompt, or template=True")
+            raise UserError(
+                "without a chat template a prompt is plain text.",
+                next="pass strings and no system prompt, or template=True",
+            )
         return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    messages = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    )
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     return ChatTemplate(tokenizer).prompt(messages)

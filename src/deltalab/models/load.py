@@ -22,7 +22,14 @@ from deltalab.deltas.adapt import base_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUNDLED = "organism"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
 
 
 def load(
@@ -55,7 +62,11 @@ def load(
         raise _not_loaded(name, error) from error
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
-        what = f"lacks {len(missing)} tensors, the first is {missing[0]}" if missing else f"has another shape for {next(iter(info['mismatched_keys']))[0]}"
+        what = (
+            f"lacks {len(missing)} tensors, the first is {missing[0]}"
+            if missing
+            else f"has another shape for {next(iter(info['mismatched_keys']))[0]}"
+        )
         raise UserError(f"the weights of '{name}' are not those of a {type(model).__name__}: the file {what}.",
                         found=f"{len(info['unexpected_keys'])} tensors not expected", next="check config.json, or load the model that the weights belong to")  # fmt: skip
     _pad(model, tokenizer)
@@ -76,7 +87,11 @@ def model_digest(model: nn.Module) -> str:
 def check_folder(folder: Path) -> None:
     """Raises: UserError unless `folder` holds a config, whole safetensors files and a tokenizer."""
     if not folder.is_dir():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()]) if folder.parent.is_dir() else []
+        near = (
+            nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()])
+            if folder.parent.is_dir()
+            else []
+        )
         raise UserError(f"model folder '{folder}' does not exist." if not folder.exists() else f"'{folder}' is a file, a model is a folder.",
                         nearest=[str(folder.parent / n) for n in near], next="give a folder, a hub name, or 'organism'")  # fmt: skip
     there = sorted(p.name for p in folder.iterdir())
@@ -97,7 +112,11 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"weight file '{file}' is damaged or cut off.", found=f"{file.stat().st_size:,} bytes; {error}",
                             next="copy or download it again") from None  # fmt: skip
     if not set(there) & set(TOKENIZER_FILES):
-        raise UserError(f"model folder '{folder}' has no tokenizer.", found=found, next="copy tokenizer.json and tokenizer_config.json there")
+        raise UserError(
+            f"model folder '{folder}' has no tokenizer.",
+            found=found,
+            next="copy tokenizer.json and tokenizer_config.json there",
+        )
 
 
 def _weight_files(folder: Path, there: list[str], found: str) -> list[Path]:
@@ -133,7 +152,9 @@ def _dtype(dtype: str | torch.dtype | None) -> Any:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise UserError(f"'{dtype}' is no dtype for a model.", nearest=nearest(dtype, [*DTYPES, "auto"]) or [*DTYPES, "auto"])
+        raise UserError(
+            f"'{dtype}' is no dtype for a model.", nearest=nearest(dtype, [*DTYPES, "auto"]) or [*DTYPES, "auto"]
+        )
     return DTYPES[dtype]
 
 
@@ -152,7 +173,11 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     if isinstance(error, OSError) and not Path(name).exists():
         return UserError(f"model '{name}' is no folder, and the hub does not give it.", found=text[:300], nearest=[*nearest(name, here), BUNDLED],
                          next="check the name and the network, or give a folder")  # fmt: skip
-    hint = "pass trust_remote_code=True if you trust its code" if "trust_remote_code" in text else "check that it is a causal language model and that its files are whole"
+    hint = (
+        "pass trust_remote_code=True if you trust its code"
+        if "trust_remote_code" in text
+        else "check that it is a causal language model and that its files are whole"
+    )
     return UserError(f"model '{name}' cannot be loaded.", found=text[:300], next=hint)
 
 
