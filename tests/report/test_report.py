@@ -2,6 +2,7 @@
 
 import copy
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -94,7 +95,7 @@ def test_the_page_is_readable_by_a_screen_reader(parsed):
     levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert ("html", {"lang": "en"}) in parsed.tags
     svgs = [a for tag, a in parsed.tags if tag == "svg"]
     assert len(svgs) >= 15

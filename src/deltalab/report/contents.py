@@ -10,9 +10,11 @@ from deltalab.report import training, values
 from deltalab.report.figures import Plot
 from deltalab.report.values import Record, Table, Tile
 
-TONES = {"fell": "bad", "drifts more": "bad", "no better than random": "bad", "broken": "bad", "more false refusals": "bad",
-         "kept": "good", "held": "good", "protects": "good", "fewer false refusals": "good", "rose": "good",
-         "undecided": "open", "one seed": "open"}  # fmt: skip
+BAD = ("fell", "drifts more", "no better than random", "broken", "more", "harms")
+GOOD = ("kept", "protects", "fewer", "rose")
+OPEN = ("undecided", "measures disagree")
+TONES = {**dict.fromkeys(BAD, "bad"), **dict.fromkeys(GOOD, "good"), **dict.fromkeys(OPEN, "open")}
+"""How the outcome of a verdict is coloured; one that is not here is a plain fact."""
 
 
 class Section(NamedTuple):
@@ -101,8 +103,10 @@ def _facts(record: Record) -> list[Table]:
     if "model" in record and "digest" in record["model"]:
         rows.append(("model digest", record["model"]["digest"]))
     out = [Table("versions", "Versions", ("", ""), rows)]
+    if record["kind"] == "train":
+        return [*out, Table("data", "Data", ("", "digest"), [("training", record["data"]["digest"]), ("held out", record["data"]["held_out_digest"])])]
     if data := record.get("data"):
-        out.append(Table("data", "Data", ("", "samples", "digest"), [(name, str(d.get("n", "—")), str(d.get("digest", "—"))) for name, d in data.items() if isinstance(d, dict)]))
+        out.append(Table("data", "Data", ("", "samples", "digest"), [(name, str(d["n"]), str(d["digest"])) for name, d in data.items()]))
     if sizes := record.get("sizes"):
         out.append(Table("sizes", "Sizes on disk", ("", "MB"), [(name, f"{size / 1e6:.2f}") for name, size in sizes.items()]))
     return out

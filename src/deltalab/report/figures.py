@@ -7,6 +7,7 @@ darkened until they read as text on white; inline, each is a CSS variable, so th
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
+from matplotlib.ticker import NullFormatter
 
 from deltalab.core.files import replacing
 
 INK, FAINT, BAND, ON = "#1b1f24", "#8a9099", "#b9bec6", "#fefefe"  # ON: text on a filled colour
 COLOURS = {"orange": "#b84a00", "blue": "#0062a3", "green": "#00704f", "purple": "#9a3f7c", "grey": "#646b75"}
+WIDTH, LETTER = 4.3, 0.073  # inches: a panel, and a letter of a label
 _STYLE = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8, "text.color": INK,
     "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 3, "svg.fonttype": "path", "svg.hashsalt": "deltalab",
-    "axes.formatter.use_mathtext": True, "axes.unicode_minus": True,
+    "axes.unicode_minus": True,
 }  # fmt: skip
 
 
@@ -188,29 +191,44 @@ def inline(panel: Panel, number: int) -> str:
 
 
 def draw(panels: Sequence[Panel], columns: int) -> Figure:
-    """The panels on a grid, each as tall as its rows need."""
+    """The panels on a grid, each as tall as its rows need.
+
+    Margins are set from the labels' lengths: measuring text, as a layout engine does, takes most of the time of drawing.
+    """
     columns = min(columns, len(panels))
     lines = [list(panels[i : i + columns]) for i in range(0, len(panels), columns)]
-    heights = [max(_height(panel) for panel in line) for line in lines]
+    heights = [max(_size(panel).height for panel in line) for line in lines]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.3 * columns, sum(heights)), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
+        figure = Figure(figsize=(WIDTH * columns, sum(heights)))
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
         for i, line in enumerate(lines):
             for j, panel in enumerate(line):
-                ax = figure.add_subplot(grid[i, j])
+                size, top = _size(panel), sum(heights[i + 1 :]) + heights[i]
+                box = (WIDTH * j + size.left, top - size.height + size.bottom, WIDTH - size.left - size.right, size.height - size.top - size.bottom)
+                ax = figure.add_axes((box[0] / (WIDTH * columns), box[1] / sum(heights), box[2] / (WIDTH * columns), box[3] / sum(heights)))
                 ax.set_title(panel.title, pad=8)
                 _DRAW[type(panel)](ax, panel)
     return figure
 
 
-def _height(panel: Panel) -> float:
-    """Inches."""
+class _Size(NamedTuple):
+    """A panel's height and margins, in inches."""
+
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+
+def _size(panel: Panel) -> _Size:
     if isinstance(panel, Lines):
-        return 2.9
-    row, rest = {Spreads: (0.5, 1.05), Grid: (0.36, 0.95), Shares: (0.33, 1.25)}.get(type(panel), (0.31, 1.1))
-    return rest + row * len(panel.rows)
+        labels = [line.label for line in panel.lines] + [panel.band_label]
+        return _Size(2.95, 0.62, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
+    labels = [row if isinstance(row, str) else row[0] for row in panel.rows]
+    left = 0.16 + LETTER * max(map(len, labels), default=0)
+    row, top, bottom = {Spreads: (0.5, 0.36, 0.56), Grid: (0.36, 0.36, 0.6), Shares: (0.33, 0.58, 0.56)}.get(type(panel), (0.31, 0.36, 0.56))
+    return _Size(top + bottom + 0.12 + row * len(labels), left, {Rates: 0.52, Bars: 0.15}.get(type(panel), 0.12), top, bottom)
 
 
 def _lines(ax: Axes, panel: Lines) -> None:
@@ -222,14 +240,16 @@ def _lines(ax: Axes, panel: Lines) -> None:
     if panel.band:
         ends.append(((panel.band[0][-1] + panel.band[1][-1]) / 2, panel.band_label, INK))
     ax.set_xlabel(panel.xlabel)
-    ax.set_ylabel(panel.ylabel)
-    ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     ax.set_xlim(panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1)
     low, high = ax.get_ylim()
     high = panel.top or high
     if all(v >= 0 for line in panel.lines for v in line.values):
         low = 0.0
     ax.set_ylim(low, high if high > low else low + 1)
+    power = math.floor(math.log10(abs(ax.get_ylim()[1]))) if ax.get_ylim()[1] else 0
+    power = 0 if -2 < power < 4 else power
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y / 10**power:.3g}".replace("-", "−"))
+    ax.set_ylabel(panel.ylabel + (f",  {_power(power, '× ')}" if power else ""))
     height = ax.get_ylim()[1] - low
     for y, (value, label, colour) in zip(spread([e[0] for e in ends], 0.085 * height, low, low + height), ends, strict=True):
         ax.annotate(label, (panel.x[-1], value), (panel.x[-1] + 0.03 * (panel.x[-1] - panel.x[0] or 1), y), fontsize=8.5, color=colour,
@@ -282,6 +302,8 @@ def _spreads(ax: Axes, panel: Spreads) -> None:
         if row.zeros:
             ax.annotate(f"{row.zeros} rows: 0", (0.0, y), xycoords=("axes fraction", "data"), fontsize=8, color=colour, va="center")
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda x, _: _power(round(math.log10(x))))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(10 ** panel.limits[0], 10 ** panel.limits[1])
     ax.set_xlabel(panel.xlabel)
     _rows(ax, [row.label for row in panel.rows], pad=0.75)
@@ -319,6 +341,11 @@ def _rows(ax: Axes, labels: Sequence[str], pad: float = 0.6) -> None:
     ax.set_yticks(range(len(labels)), labels)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(labels) - 1 + pad, -pad)
+
+
+def _power(exponent: int, before: str = "") -> str:
+    """10 to a power, in plain letters: matplotlib's own notation is set by a formula parser, which is slow."""
+    return f"{before}10{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:

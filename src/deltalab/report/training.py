@@ -1,28 +1,62 @@
-"""From a training run's record to plain values: losses, tokens, sizes."""
+"""From a training run's record, and the curves beside it, to plain values: losses, scores, sizes."""
 
-from deltalab.report.figures import Line, Lines, Plot
-from deltalab.report.values import Record, Table, Tile, number
+import itertools
+from typing import Any
+
+from deltalab.report.figures import Line, Lines, Plot, Rate, Rates
+from deltalab.report.values import Record, Table, Tile, percent
+
+POINTS = 60
+"""Stretches of steps over which a loss curve is averaged."""
 
 
 def tiles(record: Record) -> list[Tile]:
     """The few numbers that stand at the top."""
-    return []
+    result, sizes = record["result"], record["sizes"]
+    out = [Tile("Loss", f"{result['loss'][0]:.3f} → {result['loss'][1]:.3f}", "nats per reply token, first and last steps")]
+    if held := result["held_out"]:
+        out.append(Tile("Held-out loss", f"{held[0]:.3f} → {held[-1]:.3f}", f"best {result['best']['loss']:.3f} at step {result['best']['step']}" if result["best"] else "first and last"))
+    for task, after in _accuracies(record).items():
+        out.append(Tile(f"{task}, accuracy", f"{percent(record['scores']['before'][task]['accuracy'])} → {percent(after['accuracy'])}",
+                        f"after: [{100 * after['low']:.0f}, {100 * after['high']:.0f}], n = {after['n']}"))  # fmt: skip
+    out.append(Tile("Trained", f"{sizes['trained']:,}", f"of {sizes['base']:,} parameters; adapter {sizes['adapter_bytes'] / 1024:,.0f} KiB"))
+    return out
 
 
 def tables(record: Record) -> list[Table]:
-    """Every single number of the record's body, by name."""
-    skip = {"format", "kind", "written", "digest", "spec", "versions", "git", "machine"}
-    rows = [(name, number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
-            for name, value in record.items() if name not in skip and isinstance(value, (int, float, str))]  # fmt: skip
-    return [Table("training", "Training", ("", "value"), rows)] if rows else []
+    """The run in numbers."""
+    result, sizes, data = record["result"], record["sizes"], record["data"]
+    rows = [("steps", f"{result['steps']:,}" + (" (stopped early)" if result["stopped_early"] else "")), ("tokens", f"{result['tokens']:,}"),
+            ("training", f"{result['training_seconds']:.0f} s"), ("everything", f"{record['seconds']:.0f} s"), ("device", record["device"]),
+            ("trained parameters", f"{sizes['trained']:,} of {sizes['base']:,}"), ("adapter", f"{sizes['adapter_bytes'] / 1024:,.0f} KiB"),
+            ("samples", f"{data['samples']:,}"), ("held out", f"{data['held_out']:,}"),
+            ("cut, skipped, unlabelled", f"{data['cut']}, {data['skipped']}, {data['unlabelled']}"), ("base", str(record["base"]))]  # fmt: skip
+    return [Table("training", "The run", ("", "value"), rows)]
 
 
 def plots(record: Record) -> list[Plot]:
-    """The loss over steps."""
-    losses = record.get("losses") or []
-    if not losses:
-        return []
-    pairs = losses if isinstance(losses[0], list) else list(enumerate(losses, 1))
-    line = Line("loss", [value for _, value in pairs], "orange")
-    panel = Lines("loss", "Training loss", [step for step, _ in pairs], "optimizer step", "loss, nats per token", [line])
-    return [Plot("losses", "Training loss", "Mean loss per reply token.", [panel], 1)]
+    """Loss over steps, and the tasks' scores before and after."""
+    curves, panels = record["curves"], []
+    if train := curves.get("train"):
+        size = -(-len(train) // POINTS)
+        stretches = [list(rows) for _, rows in itertools.groupby(train, key=lambda row: (row["step"] - 1) // size)]
+        x, y = [rows[-1]["step"] for rows in stretches], [_mean(rows) for rows in stretches]
+        panels.append(Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", [Line("training", y, "orange")]))
+    if held := curves.get("eval"):
+        line = Line("held out", [row["loss"] for row in held], "blue")
+        panels.append(Lines("held-out", "Held-out loss", [row["step"] for row in held], "optimizer step", "loss, nats per token", [line]))
+    out = [Plot("losses", "Loss", f"Mean over counted tokens; the training loss over stretches of {size} steps." if train else "Mean over counted tokens.", panels)] if panels else []
+    rates = []
+    for task, after in _accuracies(record).items():
+        pair = (("before", record["scores"]["before"][task], True), ("after", after, False))
+        rates.append(Rates(f"accuracy-{task}", f"{task}: accuracy", f"share of {after['n']}, %", [Rate(label, s["accuracy"], s["low"], s["high"], s["n"], hollow) for label, s, hollow in pair], "green"))
+    return out + ([Plot("scores", "Scores before and after", "With Wilson 95 % intervals.", rates)] if rates else [])
+
+
+def _accuracies(record: Record) -> dict[str, Any]:
+    return {task: after for task, after in record["scores"]["after"].items() if "accuracy" in after}
+
+
+def _mean(rows: list[dict[str, Any]]) -> float:
+    """The mean loss over all counted tokens of some steps."""
+    return float(sum(row["loss"] * row["counted"] for row in rows) / sum(row["counted"] for row in rows))

@@ -37,7 +37,7 @@ class Questions:
 def questions(spec: EvaluateSpec, seed: int) -> Questions:
     """The held-out prompts that a spec names, in their order, and its skills, drawn from `seed`."""
     sets = {name: [row["prompt"] for row in prompt_sets.load(name, spec.split)][: spec.limit] for name in spec.prompts}
-    return Questions(sets, skills.examples("all", spec.skills, seed, "test") if spec.skills else [])
+    return Questions(sets, skills.examples(None, spec.skills, seed, "test") if spec.skills else [])
 
 
 def evaluate(model: Any, tokenizer: Any, asked: Questions, spec: EvaluateSpec, folder: Path, refusals: Sequence[int] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stages of the drift study, each a function of what the earlier ones left on disk."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deltalab.studies import behaviour, verdicts
 from deltalab.studies.drift import ArmSpec, DriftStudySpec, is_harmful
 from deltalab.studies.stages import Context, Estimate, Result, Stage, finished
 from deltalab.train import train
+from deltalab.train.run import context_of
 
 BINS = 40
 
@@ -38,7 +40,7 @@ def stages(spec: DriftStudySpec) -> list[Stage]:
         Stage("evaluate:before", s.evaluation("before"), inputs=s.asked),
     ]
     for arm in spec.arms:
-        out.append(Stage(f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on))
+        out.append(Stage(f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on, tidy=s.discard_checkpoints(arm)))
         out.append(Stage(f"evaluate:{arm.name}", s.evaluation(arm.name), needs=("evaluate:before", f"tune:{arm.name}"), inputs=s.asked))
     measured = tuple(stage.name for stage in out)
     out.append(Stage("verdict", s.verdict, needs=measured[1:]))
@@ -104,6 +106,10 @@ class Steps:
             for name in ("safety", "utility"):
                 remove(self._scores_folder(ctx, name))
 
+    def discard_checkpoints(self, arm: ArmSpec) -> Any:
+        """What a killed training goes on from; a finished one is its adapter and its curves."""
+        return lambda ctx: remove(ctx.path(f"tune:{arm.name}") / "run" / "checkpoints")
+
     def tuning(self, arm: ArmSpec) -> Any:
         def run(ctx: Context) -> Result:
             model, tokenizer = self._base(ctx)
@@ -157,12 +163,12 @@ class Steps:
         if spec.evaluate.skills:
             out.append(verdicts.skills(verdicts.Comparison("skills", "skills", {arm: behaviour.correct(asked[arm]) for arm in arms}), free, spec.margin))
         tuned, focus = ctx.results[f"tune:{free}"], spec.groups.focus
-        out.append(verdicts.drift(_label(focus, spec), tuned["curves"][-1]["groups"][focus], tuned["last_nulls"][focus], spec.margin))
+        out.append(verdicts.drift(f"the group {focus}", tuned["curves"][-1]["groups"][focus], tuned["last_nulls"][focus], spec.margin))
         control = next((arm.name for arm in spec.arms if arm.freeze != "none" and arm.group in ("matched", "random")), None)
         for arm in spec.arms[1:]:
             if arm.name != control:
                 proof = ctx.results[f"tune:{arm.name}"]["freeze"]
-                out.append(verdicts.freezing(_label(arm.group, spec), proof, harmful, free, arm.name, control, spec.margin))
+                out.append(verdicts.freezing(arm.group, proof, harmful, free, arm.name, control, spec.margin))
         return {"verdicts": out}
 
     def report(self, ctx: Context) -> Result:
@@ -210,11 +216,10 @@ class Steps:
         """Encoded conversations: `safety` and `utility` as many as are scored, `tune` all."""
         kept = ctx.shared.setdefault("data", {})
         if name not in kept:
-            loaded, run = self._loaded(ctx), self.spec.tune.run
-            context = run.context or min(getattr(loaded["model"].config, "max_position_embeddings", 1024), 1024)
+            loaded, loop = self._loaded(ctx), self.spec.tune.loop(self.spec.seed)
             tasks = self.spec.tune.data if name == "tune" else getattr(self.spec, name)
             conversations = [conversation for task in tasks for conversation in task.train()]
-            encoded = encode_all(loaded["tokenizer"], conversations, context, run.too_long)
+            encoded = encode_all(loaded["tokenizer"], conversations, context_of(loaded["model"], loop), loop.run.too_long)
             limit = None if name == "tune" else self.spec.score.samples
             kept[name] = dataclasses.replace(encoded, items=encoded.items[:limit])
         return kept[name]
@@ -279,7 +284,7 @@ def _curve(row: dict[str, Any]) -> dict[str, Any]:
 def _smoothed(losses: Sequence[float], points: int = 60) -> list[list[float]]:
     """The loss as the mean of at most `points` stretches of steps, each at its last step."""
     ends = np.unique(np.linspace(0, len(losses), min(points, len(losses)) + 1).round().astype(int))
-    return [[int(b), float(np.mean(losses[a:b]))] for a, b in zip(ends, ends[1:], strict=False)]
+    return [[int(b), float(np.mean(losses[a:b]))] for a, b in itertools.pairwise(ends)]
 
 
 def _distributions(probe: DriftProbe, model: nn.Module) -> dict[str, Any]:

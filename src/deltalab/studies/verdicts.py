@@ -1,8 +1,7 @@
 """What a drift study found, in words, from plain values. Nothing here loads a model.
 
 Rates are compared prompt by prompt (exact McNemar test, Newcombe's interval of the paired difference). A change is
-called one if p < .05, 'kept' only if the whole interval lies within the margin, and 'undecided' otherwise. The drift of
-a group stands against random groups matched to it: 'alike' needs an equivalence test, not just a large p.
+called one if p < .05, 'kept' only if the whole interval lies within the margin, and 'undecided' otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltalab.core.stats import empirical_p, holm, mcnemar, newcombe_paired, tost_single
+from deltalab.core.stats import holm, mcnemar, newcombe_paired
+from deltalab.safety.verdicts import drift_verdict
 
 ALPHA = 0.05
 Flags = Sequence[bool]
@@ -84,22 +84,9 @@ def skills(comparison: Comparison, arm: str, margin: float) -> dict[str, Any]:
 
 
 def drift(group: str, values: Mapping[str, float | None], null: Mapping[str, Sequence[float | None]], margin: float) -> dict[str, Any]:
-    """Whether a group drifted more than random groups matched to it.
-
-    values: measure → the group's. null: measure → one value a random group. L2 per entry decides; where the cosine
-    distance says otherwise, the sentence says so. margin: relative to the null's mean, within which it is 'alike'.
-    """
-    l2, cosine = (_against(values[m], null[m], margin) for m in ("l2_per_sqrt", "cosine_distance"))
-    said = {"drifts more": "drifted more than", "drifts less": "drifted less than", "alike": "drifted like"}
-    draws = len(null["l2_per_sqrt"])
-    if l2["outcome"] == "undecided":
-        sentence = f"Whether {group} drifted otherwise than random entries of the same size is undecided"
-    else:
-        sentence = f"{group} {said[l2['outcome']]} random entries of the same size"
-    sentence += f": its root-mean-square change is {l2['ratio']:.2f} times that of {draws} matched random groups (p {_p(l2['p'])}, one training run)."
-    if cosine["outcome"] != l2["outcome"]:
-        sentence += f" By the cosine distance it {said.get(cosine['outcome'], 'may or may not have drifted like')} them ({cosine['ratio']:.2f} times)."
-    return {"name": "drift", "outcome": l2["outcome"], "sentence": sentence, "numbers": {"group": group, "draws": draws, "margin": margin, "l2_per_sqrt": l2, "cosine_distance": cosine}}
+    """Whether a group drifted more than random groups matched to it; see `deltalab.safety.verdicts`."""
+    found = drift_verdict(group, values, null, margin=margin)
+    return {"name": "drift", "outcome": found.outcome, "sentence": found.sentence, "numbers": found.numbers}
 
 
 def freezing(
@@ -130,20 +117,6 @@ def freezing(
         outcome = "broken"
     return {"name": f"freezing {label}", "outcome": outcome, "sentence": sentence,
             "numbers": {"proof": dict(proof), "against_free": gain.numbers(), "against_control": against.numbers() if against else None, "margin": margin}}  # fmt: skip
-
-
-def _against(value: float | None, null: Sequence[float | None], margin: float) -> dict[str, Any]:
-    draws = np.array([v for v in null if v is not None], float)
-    if value is None or len(draws) < 2 or not draws.mean() > 0:
-        return {"outcome": "undecided", "ratio": 0.0, "p": 1.0}
-    p = empirical_p(value, draws, "two-sided")
-    alike = tost_single(value, draws, margin * float(draws.mean()))
-    ratio = float(value / draws.mean())
-    if max(alike.p_lower, alike.p_upper) < ALPHA:
-        outcome = "alike"
-    else:
-        outcome = ("drifts more" if ratio > 1 else "drifts less") if p < ALPHA else "undecided"
-    return {"outcome": outcome, "ratio": ratio, "p": p, "p_alike": max(alike.p_lower, alike.p_upper)}
 
 
 def _together(outcomes: Sequence[str]) -> str:
