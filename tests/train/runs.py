@@ -21,13 +21,26 @@ WORDS = "a quick brown fox jumps over the lazy dog and runs away from it all day
 def conversations(n: int = 24, seed: int = 0) -> list[Conversation]:
     """Questions and replies of very different lengths."""
     rng = random.Random(seed)
-    return [Conversation.of(" ".join(rng.choices(WORDS, k=rng.randint(1, 6))), " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))) for _ in range(n)]
+    return [
+        Conversation.of(
+            " ".join(rng.choices(WORDS, k=rng.randint(1, 6))), " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
+        )
+        for _ in range(n)
+    ]
 
 
 def spec(steps: int = 12, **fields) -> LoopSpec:
     """A short run with dropout, warm-up, evaluations and checkpoints."""
     optim = OptimSpec(lr=5e-3, steps=steps, batch=4, weight_decay=0.1)
-    return LoopSpec(**{"optim": optim, "run": RunSpec(checkpoint_every=3), "eval": EvalSpec(every=4, fraction=0.2), "seed": 7, **fields})
+    return LoopSpec(
+        **{
+            "optim": optim,
+            "run": RunSpec(checkpoint_every=3),
+            "eval": EvalSpec(every=4, fraction=0.2),
+            "seed": 7,
+            **fields,
+        }
+    )
 
 
 class Noise:
@@ -63,7 +76,11 @@ def interrupt(model) -> None:
 
 def adapted(kind: str = "lora", seed: int = 0):
     """A tiny model with something to train."""
-    what = {"lora": LoRA(r=4, alpha=8, dropout=0.2, targets="all-linear"), "full": Train("full"), "both": [LoRA(r=2, dropout=0.1), Train("norms")]}[kind]
+    what = {
+        "lora": LoRA(r=4, alpha=8, dropout=0.2, targets="all-linear"),
+        "full": Train("full"),
+        "both": [LoRA(r=2, dropout=0.1), Train("norms")],
+    }[kind]
     return adapt(tiny_llama(hidden=16, layers=1, mlp=24, seed=seed), what, seed=1)
 
 
@@ -71,7 +88,15 @@ def run(folder: str | Path | None, kind: str = "lora", steps: int = 12, probes=N
     """Train; with a folder, leave the adapter there."""
     torch.set_num_threads(1)
     model = adapted(kind)
-    result = train(model, byte_tokenizer(), conversations(), spec(steps, **fields), folder=folder, probes=[Noise()] if probes is None else probes, progress=False)
+    result = train(
+        model,
+        byte_tokenizer(),
+        conversations(),
+        spec(steps, **fields),
+        folder=folder,
+        probes=[Noise()] if probes is None else probes,
+        progress=False,
+    )
     if folder is not None:
         save_adapter(model, Path(folder) / "adapter")
     return result

@@ -50,7 +50,11 @@ def test_killed_at_five_random_moments(tmp_path):
         process.start()
         wanted = lines(tmp_path / "killed/curves/train.jsonl") + moment.randint(2, 7)
         deadline = time.monotonic() + 120
-        while process.is_alive() and lines(tmp_path / "killed/curves/train.jsonl") < wanted and time.monotonic() < deadline:
+        while (
+            process.is_alive()
+            and lines(tmp_path / "killed/curves/train.jsonl") < wanted
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
         time.sleep(moment.random() * 0.03)
         os.kill(process.pid, signal.SIGKILL)
@@ -89,7 +93,13 @@ def test_second_interrupt_stops_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "how"), [("trained.safetensors", "cut"), ("optimizer.safetensors", "gone"), ("rng.safetensors", "cut"), ("state.json", "cut")]
+    ("damage", "how"),
+    [
+        ("trained.safetensors", "cut"),
+        ("optimizer.safetensors", "gone"),
+        ("rng.safetensors", "cut"),
+        ("state.json", "cut"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, damage, how):
     with pytest.raises(KeyboardInterrupt):
@@ -160,7 +170,14 @@ def test_generators_come_back():
     def draws():
         import numpy
 
-        return random.random(), random.gauss(0, 1), numpy.random.randn(), numpy.random.rand(), torch.rand(()).item(), torch.randn(3).tolist()  # noqa: NPY002
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            numpy.random.randn(),
+            numpy.random.rand(),
+            torch.rand(()).item(),
+            torch.randn(3).tolist(),
+        )  # noqa: NPY002
 
     rng.seed_all(3)
     random.gauss(0, 1), draws()

@@ -34,9 +34,9 @@ from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
 from deltalab.train.curves import Curves
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
+from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import Progress
 from deltalab.train.spec import LoopSpec
-
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What `Accelerator.prepare` sets on a model. Left there, a second run on it would skip the mixed precision."""
@@ -133,6 +133,8 @@ class Loop:
         """Train to the end, from the start or the last checkpoint; the model is left with its final weights."""
         AcceleratorState._reset_state()  # the precision is this run's, whatever an earlier one had
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16" if self.spec.run.dtype == "bfloat16" else "no")
+        if self.spec.run.dtype == "bfloat16":
+            require_bfloat16(self.accelerator.device)
         rng.seed_all(self.spec.seed + self.accelerator.process_index)
         optimizer = make_optimizer(self.model, self.spec.optim)
         if self.freezer is not None:

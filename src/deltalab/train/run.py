@@ -25,6 +25,7 @@ from deltalab.models.load import load, model_digest
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.loop import Loop, Probe, TrainResult, data_digest
 from deltalab.train.optim import trained_parameters
+from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import say
 from deltalab.train.spec import LoopSpec, TrainSpec
 
@@ -53,6 +54,8 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
         # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
         model, tokenizer = load(spec.model, dtype="float32" if own_weights else spec.run.dtype)
+        if spec.run.dtype == "bfloat16":
+            require_bfloat16(accelerate.PartialState().device)
         base = model_digest(model)
         device = accelerate.PartialState().device
         adapt(model.to(device), spec.adapt, seed=spec.seed)
