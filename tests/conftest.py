@@ -29,7 +29,7 @@ if "DELTALAB_UNCHECKED" not in os.environ:
     assert "deltalab" not in sys.modules, "deltalab was imported before its shapes could be checked"
     import jaxtyping
 
-    import tests.checking  # the hook names it, and does not import it
+    import tests.checking  # noqa: F401 - the hook names it, and does not import it
 
     jaxtyping.install_import_hook("deltalab", "tests.checking.check")
 
@@ -44,5 +44,5 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global state
+    np.random.seed(0)
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ _PUBLIC = {
     "deltalab.train": ["train"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names are strings
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
