@@ -58,7 +58,7 @@ def test_newcombe_paired_of_agreement_and_of_extremes():
 
 def test_newcombe_paired_covers():
     """At n = 60 the coverage over simulated pairs is near .95."""
-    rng, hits, runs = np.random.default_rng(1), 0, 400
+    rng, hits, runs = np.random.default_rng(1), 0, 200
     for _ in range(runs):
         cells = rng.multinomial(60, [0.5, 0.25, 0.1, 0.15])
         low, high = stats.newcombe_paired(*map(int, cells))[1:]

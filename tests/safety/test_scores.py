@@ -15,7 +15,7 @@ from deltalab.deltas.select import scored_linears
 from deltalab.safety import scores as module
 from deltalab.safety.groups import top
 from deltalab.safety.scores import Scores, ScoreSpec, counted, scratch_folder, snip
-from tests.helpers import SHARED, organism, tiny_llama, tokens
+from tests.helpers import SHARED, organism, small_disk, tiny_llama, tokens
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,17 @@ def test_scratch_is_where_it_was_asked_for_and_gone_afterwards(tmp_path):
         snip(tiny_llama(), [Sample([5, 6], [-100, -100])], folder=tmp_path / "t", scratch=tmp_path / "scratch")
     assert not list((tmp_path / "scratch").iterdir())
     assert not list((tmp_path / "t").glob("*"))
+
+
+@pytest.mark.parametrize("kib", [20, 80, 100])
+def test_a_full_disk_is_said_so_and_leaves_nothing_half_written(tmp_path, kib):
+    """The sums do not fit; they fit and the results do not; a few of the results fit."""
+    with small_disk(tmp_path / "disk", f"{kib}k") as disk:
+        with pytest.raises(UserError, match="the disk is full"):
+            snip(tiny_llama(), samples(1), folder=disk / "s")
+        assert all(p.suffix == ".safetensors" for p in (disk / "s").rglob("*") if p.is_file())
+        with pytest.raises(UserError, match="does not exist"):
+            Scores.load(disk / "s")
 
 
 def test_scratch_of_a_killed_process_is_removed(tmp_path):

@@ -88,8 +88,8 @@ def test_draws_without_a_cosine_are_left_out():
 def test_false_alarms_are_as_rare_as_said():
     """Under the null either measure alone calls a difference in about 5 of 100 studies."""
     alarms = 0
-    for _ in range(300):
+    for _ in range(150):
         draws = RNG.normal(1, 0.05, 100)
         got = drift_verdict("g", {"l2_per_sqrt": draws[0], "cosine_distance": draws[0]}, {m: draws[1:].tolist() for m in ("l2_per_sqrt", "cosine_distance")})
         alarms += got.outcome != "undecided"
-    assert 3 <= alarms <= 27
+    assert 1 <= alarms <= 17

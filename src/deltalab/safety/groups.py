@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, replacing, write_json
 from deltalab.core.shapes import Bool, Int
+from deltalab.safety.topk import top_of_all, top_of_rows
 
 Per = Literal["row", "matrix", "global"]
 BINS = 20
@@ -107,7 +108,7 @@ class Group(Mapping[str, Tensor]):
         """Write the group as a folder, whole or not at all: `entries.safetensors` and `group.json`."""
         with replacing(folder) as tmp:
             tmp.mkdir()
-            save_file(self._data, tmp / "entries.safetensors")
+            (tmp / "entries.safetensors").write_bytes(save(self._data))  # not save_file: a full disk is an OSError here
             write_json(tmp / "group.json", {"name": self.name, "entries": self.count, "fraction": self.fraction, "info": self.info,
                                             "shapes": self.shapes, "counts": self.counts})  # fmt: skip
 
@@ -146,9 +147,16 @@ def top(scores: Mapping[str, Tensor], q: float, per: Per = "row", name: str = "t
     """
     if not 0 < q <= 1:
         raise UserError(f"a share of {q} cannot be chosen.", next="give a fraction: 0.01 is one per cent")
-    take = _global_taker(scores, q) if per == "global" else lambda score: _top_of_rows(score if per == "row" else score.reshape(1, -1), q)
-    group = Group.of_masks(name, {path: take(_finite(path, scores[path])).reshape(scores[path].shape) for path in scores},
-                           {"kind": "top", "per": per, "q": q})  # fmt: skip
+    masks: dict[str, Tensor] = {}
+    checked = _Checked(scores)
+    if per == "global":
+        masks |= top_of_all(checked, _rounded(q * sum(scores[path].numel() for path in scores)))
+    else:
+        for path in scores:
+            score = checked[path]
+            rows = score if per == "row" else score.reshape(1, -1)
+            masks[path] = top_of_rows(rows, _rounded(q * rows.shape[1])).reshape(score.shape)
+    group = Group.of_masks(name, masks, {"kind": "top", "per": per, "q": q})
     return _some(group, f"the top {100 * q:g} % per {per} is less than one entry", "a larger share, or per matrix")
 
 
@@ -163,63 +171,6 @@ def difference(safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], p: f
     masks = {path: safe.mask(path) & ~useful.mask(path) for path in safe}
     group = Group.of_masks(name, masks, {"kind": "difference", "per": per, "q": q, "p": p})
     return _some(group, f"the top {100 * q:g} % for safety lies within the top {100 * p:g} % for utility", "a larger q or a smaller p")
-
-
-def _top_of_rows(score: Tensor, q: float) -> Tensor:
-    """True at the k largest of each row, k = q · columns rounded; of equal ones the first."""
-    k = _rounded(q * score.shape[1])
-    if k == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    least = score.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, level = score > least, score == least
-    return above | level & (level.cumsum(1) <= k - above.sum(1, keepdim=True))
-
-
-class _global_taker:
-    """Marks the top share over all matrices, when called with one after the other in order.
-
-    The k-th largest value is found by its bits, sixteen at a time from the top: floats of one sign order like integers,
-    so a few histograms over the matrices give it exactly, with one matrix in memory.
-    """
-
-    def __init__(self, scores: Mapping[str, Tensor], q: float) -> None:
-        self.ties = _rounded(q * sum(scores[path].numel() for path in scores))
-        self.least, bits = 0, 0
-        while self.ties and (not bits or bits < self.width):
-            histogram = torch.zeros(1 << 16, dtype=torch.int64)
-            for path in scores:
-                keys = _keys(_finite(path, scores[path]))
-                self.width = 32 if scores[path].element_size() <= 4 else 64
-                shift = self.width - 16 - bits
-                inside = keys if not bits else keys[keys >> (shift + 16) == self.least]
-                digits = (inside >> shift) + (1 << 15) if not bits else inside >> shift & 0xFFFF
-                histogram += torch.bincount(digits, minlength=1 << 16)
-            above = histogram.flip(0).cumsum(0).flip(0) - histogram  # entries with a larger digit
-            digit = int(((above < self.ties) & (above + histogram >= self.ties)).nonzero()[0, 0])
-            self.ties -= int(above[digit])
-            self.least = digit - (1 << 15) if not bits else self.least << 16 | digit
-            bits += 16
-        self.none = not bits
-
-    def __call__(self, score: Tensor) -> Tensor:
-        if self.none:
-            return torch.zeros_like(score, dtype=torch.bool)
-        keys = _keys(score)
-        level = keys == self.least
-        chosen = keys > self.least
-        first = level & (level.cumsum(0) <= self.ties)
-        self.ties -= int(first.sum())
-        return chosen | first
-
-
-def _keys(score: Tensor) -> Tensor:
-    """int64 keys, flat, that order like the values."""
-    flat = score.flatten() + 0.0  # −0 becomes 0: they are equal as scores and must be as keys
-    if flat.dtype == torch.float64:
-        bits, top_bits = flat.view(torch.int64), (1 << 63) - 1
-    else:
-        bits, top_bits = flat.float().view(torch.int32).long(), (1 << 31) - 1
-    return torch.where(bits >= 0, bits, bits ^ top_bits)
 
 
 # ---- drawn at random ----------------------------------------------------------------------------------------------
@@ -306,10 +257,23 @@ def _rounded(value: float) -> int:
     return int(value + 0.5)
 
 
-def _finite(path: str, score: Tensor) -> Tensor:
-    if not torch.isfinite(score).all():
-        raise UserError(f"the score of '{path}' holds values that are not finite.", next="compute the scores again in a wider dtype")
-    return score
+class _Checked(Mapping[str, Tensor]):
+    """Scores that are read one at a time, and refused if one is not finite."""
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        self.scores = scores
+
+    def __getitem__(self, path: str) -> Tensor:
+        score = self.scores[path]
+        if not torch.isfinite(score).all():
+            raise UserError(f"the score of '{path}' holds values that are not finite.", next="compute the scores again in a wider dtype")
+        return score
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 def _some(group: Group, why: str, then: str) -> Group:

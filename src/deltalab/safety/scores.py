@@ -25,20 +25,19 @@ from typing import Any, Literal, Protocol
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltalab.core.errors import UserError, nearest
-from deltalab.core.files import disk_faults, read_json, remove, replacing, write_json
+from deltalab.core.errors import UserError
+from deltalab.core.files import disk_faults, remove, write_json
 from deltalab.core.shapes import Float
 from deltalab.core.spec import Spec, digest
 from deltalab.deltas.select import scored_linears
 from deltalab.models.load import model_digest
+from deltalab.safety.score_files import MANIFEST, Scores, write_score
 
 Positions = Literal["predicting", "response"]
 IGNORED = -100
-MANIFEST = "scores.json"
+__all__ = ["Positions", "Sample", "ScoreSpec", "Scores", "counted", "losses", "scratch_folder", "snip"]
 
 
 class ScoreSpec(Spec):
@@ -62,83 +61,6 @@ class Sample(Protocol):
     def input_ids(self) -> list[int]: ...
     @property
     def labels(self) -> list[int]: ...
-
-
-class Scores(Mapping[str, Tensor]):
-    """Module path → score, (out, in), in memory or read from disk one matrix at a time.
-
-    manifest: what was scored on what: score, positions, samples, skipped, tokens, dtype, digests of model, data and
-    template, shapes.
-    """
-
-    def __init__(self, manifest: dict[str, Any], tensors: dict[str, Tensor] | None = None, folder: Path | None = None) -> None:
-        self.manifest, self.folder, self._tensors = manifest, folder, tensors
-
-    def __getitem__(self, path: str) -> Float[Tensor, "out in"]:
-        if path not in self.manifest["shapes"]:
-            raise UserError(f"'{path}' has no score.", nearest=nearest(path, self.names()))
-        if self._tensors is not None:
-            return self._tensors[path]
-        assert self.folder is not None
-        file = _file(self.folder, path)
-        try:
-            with safe_open(file, "pt") as handle:
-                score = handle.get_tensor("score")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"score file '{file}' is missing or damaged.", found=str(error), next="compute the scores again") from None
-        if list(score.shape) != self.manifest["shapes"][path]:
-            raise UserError(f"score file '{file}' has shape {tuple(score.shape)}.", found=f"the manifest says {self.manifest['shapes'][path]}")
-        return score
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.manifest["shapes"])
-
-    def __len__(self) -> int:
-        return len(self.manifest["shapes"])
-
-    def __str__(self) -> str:
-        m = self.manifest
-        lines = [f"{m['score']} of {len(self)} matrices over {m['samples']} samples ({m['positions']} positions, {m['tokens']} tokens)"]
-        for path in self:
-            score = self[path].double()
-            lines.append(f"  {path}  mean {score.mean():.3g}  median {score.median():.3g}  largest {score.max():.3g}")
-        return "\n".join(lines)
-
-    def names(self) -> list[str]:
-        """The paths of the scored modules, in model order."""
-        return list(self)
-
-    def save(self, folder: str | Path) -> "Scores":
-        """Write one file a matrix, the manifest last; returns the scores as read from there."""
-        folder = Path(folder)
-        for path in self:
-            _write(folder, path, self[path])
-        write_json(folder / MANIFEST, self.manifest)
-        return Scores(self.manifest, folder=folder)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Scores":
-        """Scores saved in `folder`; matrices are read when asked for.
-
-        Raises: UserError if the manifest or a matrix is missing.
-        """
-        folder = Path(folder)
-        manifest = read_json(folder / MANIFEST, "score manifest")
-        missing = [path for path in manifest["shapes"] if not _file(folder, path).is_file()]
-        if missing:
-            raise UserError(f"scores in '{folder}' are incomplete.", found=f"no file for {len(missing)}, the first is {missing[0]}",
-                            next="compute the scores again")  # fmt: skip
-        return cls(manifest, folder=folder)
-
-    def discard(self) -> None:
-        """Remove the files, where there are any; the folder too if nothing else is in it."""
-        if self.folder is None:
-            return
-        for path in self:
-            remove(_file(self.folder, path))
-        remove(self.folder / MANIFEST)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
 
 def snip(
@@ -251,7 +173,7 @@ class _Sums:
         if folder is None:
             return Scores(manifest, {path: total.div_(manifest["samples"]) for path, total in self.sums.items()})
         for path in list(self.sums):
-            _write(folder, path, self.sums.pop(path) / manifest["samples"])
+            write_score(folder, path, self.sums.pop(path) / manifest["samples"])
             if self.folder is not None:
                 remove(self.folder / path)
         write_json(folder / MANIFEST, manifest)
@@ -309,15 +231,6 @@ def _weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     if not weights:
         raise UserError("no modules to score.")
     return weights
-
-
-def _file(folder: Path, path: str) -> Path:
-    return folder / f"{path}.safetensors"
-
-
-def _write(folder: Path, path: str, score: Tensor) -> None:
-    with replacing(_file(folder, path)) as tmp:
-        save_file({"score": score.detach().cpu().contiguous()}, tmp)
 
 
 def _alive(pid: str) -> bool:
