@@ -76,8 +76,10 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
         groups = {g: _drift(t, 1.2 if g.startswith("safety") else 1.0, g == frozen) for g in GROUPS}
         null = [_drift(t, float(rng.normal(1, 0.03)), False) for _ in range(99)]
         band = {m: {"low": float(np.quantile([v[m] for v in null], 0.025)), "median": float(np.median([v[m] for v in null])),
-                    "high": float(np.quantile([v[m] for v in null], 0.975))} for m in METRICS}  # fmt: skip
+                    "mean": float(np.mean([v[m] for v in null])), "high": float(np.quantile([v[m] for v in null], 0.975))} for m in METRICS}  # fmt: skip
         curves.append({"step": step, "groups": groups, "nulls": {"safety-only": {"draws": 99, "band": band}}})
+    against = {"safety-only": {"draws": [v["l2_per_sqrt"] for v in null], "layers": {
+        str(layer): {"value": 3.7e-3 * float(rng.normal(1.2, 0.1)), "band": {"low": 3.5e-3, "median": 3.7e-3, "mean": 3.7e-3, "high": 3.9e-3}} for layer in range(4)}}}
     edges = np.linspace(-5.5, -2.5, 31)
     distributions = {}
     for i, g in enumerate(GROUPS):
@@ -90,7 +92,7 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
                    "fraction": 121_000 / 3_014_656 if frozen else 0.0, "max_change": 0.0 if frozen else None, "held": True if frozen else None},
         "training": {"steps": STEPS[-1], "tokens": 96_000, "seconds": 40.1, "trained": 61_440,
                      "losses": [[s, 1.2 * math.exp(-s / 60) + 0.4] for s in range(0, 201, 10)]},
-        "curves": curves, "distributions": distributions, "adapter": {"bytes": 258_000, "parameters": 61_440},
+        "curves": curves, "against": against, "distributions": distributions, "adapter": {"bytes": 258_000, "parameters": 61_440},
     }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from deltalab import __version__
 from deltalab.core.files import write_json, write_text
 from deltalab.core.records import read_record
 
-
 Curves = dict[str, list[dict[str, Any]]]
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from deltalab.core.errors import UserError
 from deltalab.report import training, values
-from deltalab.report.figures import Plot
+from deltalab.report.panels import Plot
 from deltalab.report.values import Record, Table, Tile
 
 BAD = ("fell", "drifts more", "no better than random", "broken", "more", "harms")
@@ -72,7 +72,7 @@ def _drift(record: Record) -> Contents:
     tables = {table.name: table for table in values.tables(record)}
     sections = [
         Section("outcomes", "Refusals and skills, before and after", _take(plots, "outcomes"), _take(tables, "behaviour", "log-odds", "skills")),
-        Section("drift", "How far the weights moved", [plot for name, plot in plots.items() if name.startswith("drift-") or name == "distributions"], _take(tables, "drift")),
+        Section("drift", "How far the weights moved", [plot for name, plot in plots.items() if name.startswith("drift-") or name in ("against", "distributions")], _take(tables, "drift")),
         Section("freezing", "What was frozen, and whether it held", [], _take(tables, "frozen")),
         Section("groups", "The groups of weights", _take(plots, "groups"), _take(tables, "groups")),
         Section("training", "Training and times", _take(plots, "losses", "times"), _take(tables, "training")),
@@ -81,14 +81,14 @@ def _drift(record: Record) -> Contents:
     subtitle = (f"{record['model']['parameters']:,} parameters · {first['training']['trained']:,} trained, {first['training']['steps']} steps · "
                 f"seed {record['seed']} · {sum(record['stages'].values()):.0f} s on {record['machine']['cpus']} CPUs · {record['written'][:10]}")  # fmt: skip
     command = "deltalab study drift spec.yaml"
-    return Contents(f"Drift study of {record['model']['name']}", subtitle, record["verdicts"], values.tiles(record), sections, _facts(record), _yaml(record), command)
+    return Contents(f"Drift study of {record['model']['name'].rstrip('/').rpartition('/')[2]}", subtitle, record["verdicts"], values.tiles(record), sections, _facts(record), _yaml(record), command)
 
 
 def _train(record: Record) -> Contents:
     sections = [Section("training", "Training", training.plots(record), training.tables(record))]
     model = record["spec"].get("model", "a model")
     subtitle = f"seed {record['spec'].get('seed', 0)} · {record['machine']['cpus']} CPUs · {record['written'][:10]}"
-    return Contents(f"Training of {model}", subtitle, [], training.tiles(record), sections, _facts(record), _yaml(record), "deltalab train spec.yaml")
+    return Contents(f"Training of {str(model).rstrip('/').rpartition('/')[2]}", subtitle, [], training.tiles(record), sections, _facts(record), _yaml(record), "deltalab train spec.yaml")
 
 
 def _take(items: dict[str, Any], *names: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Figures from plain values: a panel is a NamedTuple of numbers and words, and one function draws its kind.
+"""Figures from plain values: one function for each kind of panel.
 
-A panel is one small picture. A figure is its panels side by side: the files (PNG, SVG) hold them together, the page
-lays them out one by one, so it reads on a wide screen and on a narrow one. Colours are Okabe and Ito's order of hues,
+The files (PNG, SVG) hold a plot's panels together; the page lays them out one by one, so it reads on a wide screen and
+on a narrow one. Colours are Okabe and Ito's order of hues,
 darkened until they read as text on white; inline, each is a CSS variable, so the page can lighten them at night.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.ticker import NullFormatter
 
 from deltalab.core.files import replacing
+from deltalab.report.panels import Bars, Draws, Grid, Lines, Panel, Plot, Rates, Shares, Spreads, describe
 
 INK, FAINT, BAND, ON = "#1b1f24", "#8a9099", "#b9bec6", "#fefefe"  # ON: text on a filled colour
 COLOURS = {"orange": "#b84a00", "blue": "#0062a3", "green": "#00704f", "purple": "#9a3f7c", "grey": "#646b75"}
@@ -32,135 +34,6 @@ _STYLE = {
     "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 3, "svg.fonttype": "path", "svg.hashsalt": "deltalab",
     "axes.unicode_minus": True,
 }  # fmt: skip
-
-
-class Line(NamedTuple):
-    """One line: its label stands at its end. `values` are as many as the panel's `x`."""
-
-    label: str
-    values: Sequence[float]
-    colour: str
-
-
-class Lines(NamedTuple):
-    """Lines over x, with the band that they are to be compared with."""
-
-    name: str
-    title: str
-    x: Sequence[float]
-    xlabel: str
-    ylabel: str
-    lines: Sequence[Line]
-    band: tuple[Sequence[float], Sequence[float]] | None = None
-    band_label: str = ""
-    top: float | None = None  # of the y axis, where several panels are to be compared
-
-
-class Rate(NamedTuple):
-    """A share with its interval, and what it is a share of."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    n: int
-    hollow: bool = False
-
-
-class Rates(NamedTuple):
-    """Shares with intervals, one row each."""
-
-    name: str
-    title: str
-    xlabel: str
-    rows: Sequence[Rate]
-    colour: str
-
-
-class Shares(NamedTuple):
-    """Rows of counts that add up to a whole: drawn as bars of 100 %."""
-
-    name: str
-    title: str
-    parts: Sequence[str]
-    colours: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[int]]]
-
-
-class Spread(NamedTuple):
-    """How one quantity spreads over the rows of a group: a histogram on a log axis with median and quartiles."""
-
-    label: str
-    colour: str
-    edges: Sequence[float]  # log10
-    counts: Sequence[int]
-    zeros: int
-    quantiles: tuple[float, float, float]  # lower quartile, median, upper quartile; not logarithms
-
-
-class Spreads(NamedTuple):
-    """Spreads of several groups under each other, on one axis."""
-
-    name: str
-    title: str
-    xlabel: str
-    rows: Sequence[Spread]
-    limits: tuple[float, float]  # of the axis, log10
-
-
-class Grid(NamedTuple):
-    """A small table of numbers in 0…1, shaded."""
-
-    name: str
-    title: str
-    rows: Sequence[str]
-    columns: Sequence[str]
-    values: Sequence[Sequence[float | None]]
-    top: float
-
-
-class Bars(NamedTuple):
-    """Named amounts."""
-
-    name: str
-    title: str
-    xlabel: str
-    rows: Sequence[tuple[str, float]]
-
-
-Panel = Lines | Rates | Shares | Spreads | Grid | Bars
-
-
-class Plot(NamedTuple):
-    """A figure: panels, and the words that go with them."""
-
-    name: str
-    title: str
-    caption: str
-    panels: Sequence[Panel]
-    columns: int = 3
-
-
-def describe(panel: Panel) -> str:
-    """The panel in words and numbers: its alternative text."""
-    match panel:
-        case Lines():
-            band = [f"{panel.band_label} {panel.band[0][-1]:.3g} to {panel.band[1][-1]:.3g}"] if panel.band else []
-            parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines] + band
-            return f"{panel.title}, {panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}."
-        case Rates():
-            return f"{panel.title}: " + ", ".join(f"{r.label} {100 * r.value:.0f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in panel.rows) + "."
-        case Shares():
-            counted = [f"{label}: " + ", ".join(f"{n} {part}" for n, part in zip(counts, panel.parts, strict=True)) for label, counts in panel.rows]
-            return f"{panel.title}. {'; '.join(counted)}."
-        case Spreads():
-            return f"{panel.title}, {panel.xlabel}, medians: " + ", ".join(f"{row.label} {row.quantiles[1]:.3g}" for row in panel.rows) + "."
-        case Grid():
-            cells = [f"{row}: " + ", ".join(f"{c} {100 * v:.1f}" for c, v in zip(panel.columns, line, strict=True) if v is not None)
-                     for row, line in zip(panel.rows, panel.values, strict=True)]  # fmt: skip
-            return f"{panel.title}. {'; '.join(cells)}."
-        case Bars():
-            return f"{panel.title}, {panel.xlabel}: " + ", ".join(f"{label} {value:.1f}" for label, value in panel.rows) + "."
 
 
 def save(plot: Plot, folder: str | Path) -> list[Path]:
@@ -222,18 +95,20 @@ class _Size(NamedTuple):
 
 
 def _size(panel: Panel) -> _Size:
+    if isinstance(panel, Draws):
+        return _Size(2.95, 0.25, 0.25, 0.36, 0.52)
     if isinstance(panel, Lines):
         labels = [line.label for line in panel.lines] + [panel.band_label]
         return _Size(2.95, 0.62, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
-    labels = [row if isinstance(row, str) else row[0] for row in panel.rows]
+    labels = [row if isinstance(row, str) else row[0] for row in panel.rows] + (["100 of 1000 rows at 0"] if isinstance(panel, Spreads) and any(row.zeros for row in panel.rows) else [])
     left = 0.16 + LETTER * max(map(len, labels), default=0)
     row, top, bottom = {Spreads: (0.5, 0.36, 0.56), Grid: (0.36, 0.36, 0.6), Shares: (0.33, 0.58, 0.56)}.get(type(panel), (0.31, 0.36, 0.56))
-    return _Size(top + bottom + 0.12 + row * len(labels), left, {Rates: 0.52, Bars: 0.15}.get(type(panel), 0.12), top, bottom)
+    return _Size(top + bottom + 0.12 + row * len(panel.rows), left, {Rates: 0.52, Bars: 0.15}.get(type(panel), 0.12), top, bottom)
 
 
 def _lines(ax: Axes, panel: Lines) -> None:
     if panel.band:
-        ax.fill_between(panel.x, *panel.band, color=BAND, alpha=0.55, linewidth=0, zorder=1)
+        ax.fill_between(panel.x, *panel.band, color=BAND, alpha=0.55, linewidth=1.2, zorder=1)
     for line in panel.lines:
         ax.plot(panel.x, line.values, color=COLOURS[line.colour], linewidth=1.8, marker="o", markersize=2.8, zorder=3, clip_on=False)
     ends = [(line.values[-1], line.label, COLOURS[line.colour]) for line in panel.lines]
@@ -243,7 +118,7 @@ def _lines(ax: Axes, panel: Lines) -> None:
     ax.set_xlim(panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1)
     low, high = ax.get_ylim()
     high = panel.top or high
-    if all(v >= 0 for line in panel.lines for v in line.values):
+    if panel.zero and all(v >= 0 for line in panel.lines for v in line.values):
         low = 0.0
     ax.set_ylim(low, high if high > low else low + 1)
     power = math.floor(math.log10(abs(ax.get_ylim()[1]))) if ax.get_ylim()[1] else 0
@@ -299,14 +174,12 @@ def _spreads(ax: Axes, panel: Spreads) -> None:
         ax.stairs([y + 0.18 - h for h in heights], edges, baseline=y + 0.18, fill=True, color=colour, alpha=0.35, linewidth=0)
         ax.plot([row.quantiles[0], row.quantiles[2]], [y + 0.27, y + 0.27], color=colour, linewidth=2.2, solid_capstyle="butt")
         ax.plot(row.quantiles[1], y + 0.27, "o", color=colour, markersize=5)
-        if row.zeros:
-            ax.annotate(f"{row.zeros} rows: 0", (0.0, y), xycoords=("axes fraction", "data"), fontsize=8, color=colour, va="center")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda x, _: _power(round(math.log10(x))))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(10 ** panel.limits[0], 10 ** panel.limits[1])
     ax.set_xlabel(panel.xlabel)
-    _rows(ax, [row.label for row in panel.rows], pad=0.75)
+    _rows(ax, [row.label + (f"\n{row.zeros} of {row.zeros + sum(row.counts)} rows at 0" if row.zeros and sum(row.counts) else "") for row in panel.rows], pad=0.75)
     ax.spines["left"].set_visible(False)
 
 
@@ -336,6 +209,23 @@ def _bars(ax: Axes, panel: Bars) -> None:
     _rows(ax, [label for label, _ in panel.rows])
 
 
+def _draws(ax: Axes, panel: Draws) -> None:
+    counts, edges = np.histogram(panel.draws, bins=15)
+    ax.stairs(counts, edges, fill=True, color=BAND, alpha=0.8, linewidth=0)
+    ax.axvline(panel.value, ymax=0.82, color=COLOURS[panel.colour], linewidth=2)
+    right = panel.value > (min(*panel.draws, panel.value) + max(*panel.draws, panel.value)) / 2
+    ax.annotate(panel.label, (panel.value, 0.86), xycoords=("data", "axes fraction"), fontsize=8.5, color=COLOURS[panel.colour], ha="right" if right else "left")
+    middle = float(np.median(panel.draws))
+    ax.annotate(f"{len(panel.draws)} matched random", (middle, 0.97), xycoords=("data", "axes fraction"), fontsize=8.5, color=INK, ha="left" if right else "right", va="top")
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(0, 1.3 * max(counts))
+    ax.margins(x=0.12)
+    ax.locator_params(axis="x", nbins=5)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
+    ax.set_xlabel(panel.xlabel)
+
+
 def _rows(ax: Axes, labels: Sequence[str], pad: float = 0.6) -> None:
     """Named rows from the top down."""
     ax.set_yticks(range(len(labels)), labels)
@@ -361,4 +251,4 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-_DRAW: dict[type, Any] = {Lines: _lines, Rates: _rates, Shares: _shares, Spreads: _spreads, Grid: _grid, Bars: _bars}
+_DRAW: dict[type, Any] = {Lines: _lines, Rates: _rates, Shares: _shares, Spreads: _spreads, Grid: _grid, Bars: _bars, Draws: _draws}

@@ -3,7 +3,7 @@
 import textwrap
 
 from deltalab.report.contents import Contents
-from deltalab.report.figures import describe
+from deltalab.report.panels import describe
 from deltalab.report.values import Table
 
 WIDTH = 100

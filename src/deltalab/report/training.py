@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from deltalab.report.figures import Line, Lines, Plot, Rate, Rates
+from deltalab.report.panels import Line, Lines, Plot, Rate, Rates
 from deltalab.report.values import Record, Table, Tile, percent
 
 POINTS = 60

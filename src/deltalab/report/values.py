@@ -2,13 +2,14 @@
 not hold; numbers are only chosen and put into words."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from deltalab.report.figures import Bars, Grid, Line, Lines, Plot, Rate, Rates, Shares, Spread, Spreads
+from deltalab.report.panels import Bars, Draws, Grid, Line, Lines, Plot, Rate, Rates, Shares, Spread, Spreads
 
 Record = dict[str, Any]
 
-GROUP_COLOURS = {"safety": "purple", "safety-only": "orange", "utility": "blue", "random": "grey", "matched": "grey"}
+GROUP_COLOURS = {"safety": "purple", "safety-only": "orange", "utility": "blue", "random": "green", "matched": "grey"}
 SETS = {"advbench": "AdvBench", "jailbreakbench": "JailbreakBench", "strongreject": "StrongREJECT", "harmbench": "HarmBench",
         "malicious_instruct": "MaliciousInstruct", "xstest_safe": "XSTest safe", "xstest_unsafe": "XSTest unsafe"}  # fmt: skip
 METRICS = {
@@ -27,13 +28,14 @@ class Tile(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: words and numbers, formatted; the first column names its row."""
+    """A table: words and numbers, formatted; the first column names its row. folded: long, and shown when asked for."""
 
     name: str
     title: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+    folded: bool = False
 
 
 def set_name(name: str) -> str:
@@ -57,7 +59,7 @@ def number(value: float | None) -> str:
         return "—"
     if value == 0:
         return "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}").replace("-", "−")
 
 
 def drift(values: dict[str, float | None], metric: str) -> float:
@@ -108,7 +110,7 @@ def tables(record: Record) -> list[Table]:
 
 def plots(record: Record) -> list[Plot]:
     """Every figure of the report, in order."""
-    out = [_outcomes(record), *_drift_plots(record), _distributions(record), _where(record)]
+    out = [_outcomes(record), _against(record), *_drift_plots(record), _distributions(record), _where(record)]
     out += [_losses(record), _times(record)]
     return [plot for plot in out if plot.panels]
 
@@ -161,7 +163,7 @@ def _drift(record: Record) -> Table:
             for metric in METRICS:
                 cells.append(number(drift(values, metric)))
                 cells.append(_band(band.get(metric)))
-            rows.append((arm["label"], record["groups"].get(name, {}).get("label", name), *cells))
+            rows.append((arm["label"], _shown(name, arm), *cells))
     head = ("", "group", *(text for title, _ in METRICS.values() for text in (title, "matched random")))
     return Table("drift", "Drift at the last step", head, rows, "; ".join(f"{title}: {unit}" for title, unit in METRICS.values()) + ". Matched random: 2.5 % to 97.5 % of random groups with the same count in each matrix and the same spread of |W|.")
 
@@ -190,7 +192,7 @@ def _skills(record: Record) -> list[Table]:
     arms = record["arms"]
     families = arms["before"]["skills"]["families"]
     rows = [(f"{family} (n = {families[family]['n']})", *(percent(arm["skills"]["families"][family]["value"]) for arm in arms.values())) for family in families]
-    return [Table("skills", "Skills by family, exact match", _head(record), rows)]
+    return [Table("skills", "Skills by family, exact match", _head(record), rows, folded=True)]
 
 
 def _outcomes(record: Record) -> Plot:
@@ -226,15 +228,55 @@ def _drift_plots(record: Record) -> list[Plot]:
         main = _main_group(record)
         panels = []
         for metric, (title, unit) in METRICS.items():
-            lines = [Line(name, [drift(row["groups"][name], metric) for row in curves], GROUP_COLOURS.get(name, "green")) for name in curves[0]["groups"]]
+            lines = [Line(_shown(name, arm), [drift(row["groups"][name], metric) for row in curves], GROUP_COLOURS.get(name, "grey"))
+                     for name in _compared(curves[0]["groups"], arm)]  # fmt: skip
             band = [row["nulls"].get(main, {}).get("band", {}).get(metric) or {"low": math.nan, "high": math.nan} for row in curves]
             edges = ([b["low"] for b in band], [b["high"] for b in band]) if main else None
             panels.append(Lines(f"drift-{key}-{metric}", title, steps, "optimizer step", unit, lines, edges, "matched random", tops[metric]))
         n = curves[-1]["nulls"].get(main, {}).get("draws", 0)
         caption = (f"Drift of each group's merged weights since step 0; {arm['label']}. Grey band: 2.5 % to 97.5 % of {n} random groups matched to "
-                   f"'{main}' on the count in each matrix and on |W|.")  # fmt: skip
+                   f"'{main}' on the count in each matrix and on |W|." + _overlaps(arm))  # fmt: skip
         plots.append(Plot(f"drift-{key}", f"Drift over steps: {arm['label']}", caption, panels))
     return plots
+
+
+def _against(record: Record) -> Plot:
+    """The group in question over the random groups matched to it: through training, through depth, at the end."""
+    arm = next(iter(tuned(record).values()))
+    name, last = _main_group(record), arm["curves"][-1]
+    nulls = arm.get("against", {}).get(name)
+    if not nulls:
+        return Plot("against", "", "", [])
+    colour = GROUP_COLOURS.get(name, "grey")
+    rows = [(row["step"], drift(row["groups"][name], "l2_per_sqrt"), row["nulls"][name]["band"]["l2_per_sqrt"]) for row in arm["curves"]]
+    rows = [(step, value, band) for step, value, band in rows if band and band["mean"] > 0]
+    layers = [(int(layer), pair["value"], pair["band"]) for layer, pair in nulls["layers"].items() if layer.isdigit() and pair["band"] and pair["band"]["mean"] > 0]
+    panels: list[Any] = []
+    for key, title, xlabel, found in (("steps", "Through training", "optimizer step", rows), ("layers", "Through depth, at the last step", "layer", layers)):
+        if found:
+            line = Line(name, [value / band["mean"] for _, value, band in found], colour)
+            edges = ([band["low"] / band["mean"] for _, _, band in found], [band["high"] / band["mean"] for _, _, band in found])
+            panels.append(Lines(f"against-{key}", title, [x for x, _, _ in found], xlabel, "times the mean of the matched random", [line], edges, "matched random", zero=False))
+    mean = last["nulls"][name]["band"]["l2_per_sqrt"]["mean"]
+    draws = [value / mean for value in nulls["draws"]] if mean else []
+    if draws:
+        panels.append(Draws("against-draws", "At the last step", "times the mean of the matched random", draws, name, drift(last["groups"][name], "l2_per_sqrt") / mean, colour))
+    caption = (f"L2 per entry of '{name}' over the mean of {last['nulls'][name]['draws']} random groups with its count in each matrix and its spread of |W|; "
+               f"{arm['label']}. Grey: 2.5 % to 97.5 % of them.")  # fmt: skip
+    return Plot("against", f"Does '{name}' drift otherwise than chance?", caption, panels)
+
+
+def _compared(groups: Iterable[str], arm: dict[str, Any]) -> list[str]:
+    """The groups to show: one matched random group says nothing beside the band of many, unless it is the frozen one."""
+    return [name for name in groups if name != "matched" or arm["freeze"]["group"] == "matched"]
+
+
+def _shown(name: str, arm: dict[str, Any]) -> str:
+    return f"{name} (frozen)" if arm["freeze"]["group"] == name else name
+
+
+def _overlaps(arm: dict[str, Any]) -> str:
+    return " Other groups share some entries with the frozen one, and these do not move either." if arm["freeze"]["group"] else ""
 
 
 def _main_group(record: Record) -> str:
@@ -249,9 +291,10 @@ def _distributions(record: Record) -> Plot:
     limits = (min((a for a, _ in used), default=-1.0), max((b for _, b in used), default=0.0))
     for key, arm in tuned(record).items():
         rows = []
-        for name, d in arm["distributions"].items():
+        for name in _compared(arm["distributions"], arm):
+            d = arm["distributions"][name]
             q = d["quantiles"]
-            rows.append(Spread(name, GROUP_COLOURS.get(name, "green"), d["edges"], d["counts"], d["zeros"], (q["0.25"], q["0.5"], q["0.75"])))
+            rows.append(Spread(_shown(name, arm), GROUP_COLOURS.get(name, "grey"), d["edges"], d["counts"], d["zeros"], (q["0.25"], q["0.5"], q["0.75"])))
         panels.append(Spreads(f"rows-{key}", arm["label"][:1].upper() + arm["label"][1:], "‖ΔW‖ / √n within a row of a matrix", rows, limits))
     caption = "Final drift by output row (one row of a weight matrix): the group's entries in that row, root mean square of ΔW. Dot and bar: median and quartiles."
     return Plot("distributions", "Final drift, row by row", caption, panels)

@@ -132,6 +132,7 @@ class Steps:
                 "training": {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "trained": count.count,
                              "losses": _smoothed(result.losses), "held_out": [[row["step"], row["loss"]] for row in result.curves.get("eval", [])]},
                 "curves": curves, "last_nulls": {name: null["overall"] for name, null in result.curves[probe.name][-1]["nulls"].items()},
+                "against": _against(result.curves[probe.name][-1]),
                 "distributions": _distributions(probe, model),
                 "adapter": {"parameters": count.count, "bytes": sum(p.stat().st_size for p in (folder / "adapter").iterdir())},
             }  # fmt: skip
@@ -281,6 +282,13 @@ def _curve(row: dict[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], "groups": groups, "nulls": {name: {"draws": null["draws"], "band": null["band"]} for name, null in row["nulls"].items()}}
 
 
+def _against(row: dict[str, Any], measure: str = "l2_per_sqrt") -> dict[str, Any]:
+    """The last step in more detail, of each group that has nulls: every draw, and group and band by layer."""
+    return {name: {"draws": null["overall"][measure],
+                   "layers": {layer: {"value": row["groups"][name]["layers"][layer][measure], "band": bands[measure]} for layer, bands in null["layers"].items()}}
+            for name, null in row["nulls"].items()}  # fmt: skip
+
+
 def _smoothed(losses: Sequence[float], points: int = 60) -> list[list[float]]:
     """The loss as the mean of at most `points` stretches of steps, each at its last step."""
     ends = np.unique(np.linspace(0, len(losses), min(points, len(losses)) + 1).round().astype(int))
@@ -291,7 +299,7 @@ def _distributions(probe: DriftProbe, model: nn.Module) -> dict[str, Any]:
     """Root-mean-square change by row: a histogram on a log axis and quantiles, of each group and of the nulls together."""
     rows = probe.rows(model)
     values = {name: table["l2_per_sqrt"].numpy() for name, table in rows["groups"].items()}
-    values |= {f"matched to {name}": table["l2_per_sqrt"].numpy() for name, table in rows["nulls"].items()}
+    values["matched random"] = np.concatenate([table["l2_per_sqrt"].numpy() for table in rows["nulls"].values()])
     moved = np.concatenate([v[v > 0] for v in values.values()])
     low, high = np.log10(np.quantile(moved, [0.001, 0.999])) if len(moved) else (-6.0, -1.0)
     edges = np.linspace(low, max(high, low + 0.1), BINS + 1)
