@@ -37,11 +37,11 @@ MUTANTS = [
     mutant(
         "alpha/r dropped", "deltas/lora.py",
         "return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)", "return self.alpha",
-        "tests/deltas", "tests/conformance",
+        "tests/deltas/test_lora.py", "tests/conformance",
     ),
     mutant(
         "rank-stabilised scale not a root", "deltas/lora.py", "(math.sqrt(self.r) if self.rank_stabilised else self.r)", "self.r",
-        "tests/deltas", "tests/conformance",
+        "tests/deltas/test_lora.py", "tests/conformance",
     ),
     Mutant(
         "absolute value taken after the mean",
@@ -50,45 +50,45 @@ MUTANTS = [
             ("safety/scores.py", 'total.div_(manifest["samples"])', 'total.div_(manifest["samples"]).abs_()'),
             ("safety/scores.py", 'self.sums.pop(path) / manifest["samples"]', '(self.sums.pop(path) / manifest["samples"]).abs()'),
         ),
-        ("tests/safety",),
+        ("tests/safety/test_scores.py",),
     ),
     mutant(
         "positions of the score off by one", "safety/scores.py", "predicts = labels[1:] != IGNORED", "predicts = labels[:-1] != IGNORED",
-        "tests/safety",
+        "tests/safety/test_scores.py",
     ),
     mutant(
         "positions of the loss off by one", "train/loop.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
-        "tests/train",
+        "tests/train/test_loop.py",
     ),
-    mutant("mask of the delta inverted", "deltas/masks.py", "delta.keep = ~mask", "delta.keep = mask", "tests/deltas"),
-    mutant("mask of the gradient inverted", "deltas/masks.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas"),
+    mutant("mask of the delta inverted", "deltas/masks.py", "delta.keep = ~mask", "delta.keep = mask", "tests/deltas/test_masks.py"),
+    mutant("mask of the gradient inverted", "deltas/masks.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_masks.py"),
     mutant(
         "labels shifted", "data/chat.py", "for i, flag in zip(ids, counted, strict=True)",
-        "for i, flag in zip(ids, [False, *counted[:-1]], strict=True)", "tests/data",
+        "for i, flag in zip(ids, [False, *counted[:-1]], strict=True)", "tests/data/test_labels.py",
     ),
     mutant(
         "weight decay on frozen entries", "deltas/masks.py", "register_step_post_hook(lambda *_: self.restore())",
-        "register_step_post_hook(lambda *_: None)", "tests/deltas",
+        "register_step_post_hook(lambda *_: None)", "tests/deltas/test_masks.py",
     ),
     mutant(
         "set difference swapped", "safety/groups.py", "safe.mask(path) & ~useful.mask(path)", "useful.mask(path) & ~safe.mask(path)",
-        "tests/safety",
+        "tests/safety/test_groups.py",
     ),
     mutant(
         "random groups unmatched", "safety/groups.py", "        if weights is None:\n            order, counts = None",
-        "        if True:\n            order, counts = None", "tests/safety",
+        "        if True:\n            order, counts = None", "tests/safety/test_groups.py",
     ),
     mutant(
         "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * self.B @ self.A)", "return self.kept(self.B @ self.A)",
-        "tests/deltas", "tests/conformance",
+        "tests/deltas/test_lora.py", "tests/conformance",
     ),
     mutant(
         "RNG not restored on resume", "train/loop.py", 'rng.restore(mine, found.state["rng"][rank])', "_ = mine",
-        "tests/train",
+        "tests/train/test_resume.py",
     ),
     mutant(
         "measuring draws from the run's generators", "train/rng.py", "        restore(*state)", "        pass",
-        "tests/train",
+        "tests/train/test_resume.py",
     ),
     mutant(
         "drift without the change of the base", "measure/drift.py", "change = change + shift.flatten().index_select(0, index)", "pass",

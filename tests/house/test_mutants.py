@@ -28,7 +28,7 @@ def test_a_fault_changes_what_stands_once(fault: object) -> None:
         assert text.count(old) == 1, f"{name}: {old!r}"
         compile(text.replace(old, new), name, "exec")
     for test in fault.tests:  # type: ignore[attr-defined]
-        assert list((ROOT / test).rglob("test_*.py")), f"no tests in {test}"
+        assert (ROOT / test).is_file() or list((ROOT / test).rglob("test_*.py")), f"no tests in {test}"
 
 
 def test_no_fault_is_missing() -> None:
