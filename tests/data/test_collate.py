@@ -29,7 +29,7 @@ def test_every_sample_once_in_full_batches(lengths, batch, seed, epoch):
     assert len(order) == -(-len(lengths) // batch)
     assert sum(len(part) != batch for part in order) <= 1
     torch.manual_seed(epoch)
-    np.random.seed(epoch)  # noqa: NPY002 - the point is that it does not matter
+    np.random.seed(epoch)
     assert epoch_order(lengths, batch, seed=seed, epoch=epoch) == order
 
 

@@ -87,7 +87,7 @@ text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), ma
 @settings(max_examples=60, deadline=None)
 @given(text, text, text, st.sampled_from([TEMPLATE, UNMARKED]))
 def test_labels_decode_to_the_reply(prompt, first, second, template):
-    if not template == TEMPLATE:
+    if template != TEMPLATE:
         first, second = first.strip(), second.strip()
     tokenizer = byte_tokenizer(template)
     turns = [("user", prompt), ("assistant", first), ("user", prompt + first), ("assistant", second)]

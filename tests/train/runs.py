@@ -50,7 +50,7 @@ class Noise:
 
     def measure(self, model, step):
         random.random()
-        draw = np.random.rand() + float(torch.rand(()))  # noqa: NPY002
+        draw = np.random.rand() + float(torch.rand(()))
         # Python's own generator is not compared: the shape checks of the tests draw from it too
         return {"draw": draw, "norm": float(sum(t.double().norm() for t in trained_state(model).values()))}
 

@@ -177,7 +177,7 @@ def test_generators_come_back():
             numpy.random.rand(),
             torch.rand(()).item(),
             torch.randn(3).tolist(),
-        )  # noqa: NPY002
+        )
 
     rng.seed_all(3)
     random.gauss(0, 1), draws()

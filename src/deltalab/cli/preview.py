@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltalab.data.chat import Encoded, Encodings
+    from deltalab.train.spec import TrainSpec
 
 
 def command(
@@ -22,13 +23,12 @@ def command(
     from rich.console import Console
 
     from deltalab.core.errors import UserError
-    from deltalab.core.spec import build, override, read_yaml
+    from deltalab.core.spec import override, read_yaml
     from deltalab.data.chat import encode_all
     from deltalab.models.load import load
     from deltalab.train.run import context_of, hold_out, read_data
-    from deltalab.train.spec import TrainSpec
 
-    plan = build(TrainSpec, training_part(override(read_yaml(spec), overrides or [])), str(spec))
+    plan = training_part(override(read_yaml(spec), overrides or []), str(spec))
     model, tokenizer = load(plan.model, dtype="auto")
     context = context_of(model, plan)
     conversations, tests = read_data(plan)
@@ -49,12 +49,26 @@ def command(
         console.print(tokens_text(samples[number - 1], tokenizer))
 
 
-def training_part(values: dict[str, Any]) -> dict[str, Any]:
-    """The training spec in the spec of a run, or of a study that tunes: its `tune` with the study's model and seed."""
-    tune = values.get("tune")
-    if "data" in values or not isinstance(tune, dict):
-        return values
-    return {**{key: values[key] for key in ("model", "seed") if key in values}, **tune}
+def training_part(values: dict[str, Any], origin: str) -> "TrainSpec":
+    """The training run that the spec describes: its own, or the tuning of a study."""
+    from deltalab.core.spec import build
+    from deltalab.train.spec import TrainSpec
+
+    if "data" in values or not values.keys() & {"study", "tune"}:
+        return build(TrainSpec, values, origin)
+    from deltalab.studies.drift import DriftStudySpec
+
+    study = build(DriftStudySpec, values, origin)
+    tune = study.tune
+    return TrainSpec(
+        model=study.model,
+        adapt=tune.adapt,
+        data=tune.data,
+        optim=tune.optim,
+        run=tune.run,
+        eval=tune.eval,
+        seed=study.seed,
+    )
 
 
 def overview(samples: "Encodings", context: int, too_long: str) -> str:

@@ -251,7 +251,9 @@ class Loop:
         loss, state = total / max(counted, 1), self.state
         self._note("eval", {"step": state.step, "loss": loss})
         better = np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
-        shown.say(f"step {state.step}/{self.steps} · held-out loss {loss:.3f}{' (best)' if better else ''}")
+        shown.say(
+            f"step {state.step}/{self.steps} · held-out loss {loss:.3f}{' (best)' if better and state.step else ''}"
+        )
         if better:
             state.best, state.since_best = {"step": state.step, "loss": loss}, 0
             if self.keeps_best and self.on_main:

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:

@@ -97,7 +97,8 @@ def fit(
     identity: dict[str, Any] = {}
     if folder is not None:
         shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
-        identity = {"spec": spec.plain(), **digests, "model": model_digest(model), "trained parameters": digest(shapes),
+        frozen = freezer and [freezer.variant, freezer.entries]
+        identity = {"spec": spec.plain(), **digests, "freezing": frozen, "model": model_digest(model), "trained parameters": digest(shapes),
                     "number of processes": accelerate.PartialState().num_processes}  # fmt: skip
     result = Loop(
         model, tokenizer.pad_token_id or 0, train_set, held_out, spec, identity, folder, probes, freezer, progress
