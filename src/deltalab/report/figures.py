@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from deltalab.core.files import replacing
 from deltalab.report.panels import Bars, Draws, Grid, Lines, Panel, Plot, Rates, Shares, Spreads, describe
@@ -115,6 +115,7 @@ def _lines(ax: Axes, panel: Lines) -> None:
     if panel.band:
         ends.append(((panel.band[0][-1] + panel.band[1][-1]) / 2, panel.band_label, INK))
     ax.set_xlabel(panel.xlabel)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlim(panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1)
     low, high = ax.get_ylim()
     high = panel.top or high

@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from deltalab.core.spec import Spec
 from deltalab.data.tasks import BenignTask, DataSpec, RefusalsTask, SkillsTask
 from deltalab.deltas import any_spec
+from deltalab.deltas.base import ParameterSpec
 from deltalab.safety.scores import ScoreSpec
 from deltalab.studies.stages import Context, plan, run
 from deltalab.train.spec import DEFAULT_ADAPT, EvalSpec, LoopSpec, OptimSpec, RunSpec
@@ -131,6 +132,12 @@ class DriftStudySpec(Spec):
             raise ValueError(f"two arms have one name: {', '.join(names)}")
         if self.arms[0].freeze != "none":
             raise ValueError("the first arm freezes nothing (freeze: none): the others are compared with it")
+        own = [isinstance(item, ParameterSpec) for item in self.tune.adapt]
+        for arm in self.arms:
+            if arm.freeze == "exact" and not all(own):
+                raise ValueError(f"arm '{arm.name}' freezes 'exact', which holds the model's own weights, and a delta moves W + ΔW: freeze 'delta_mask'")
+            if arm.freeze == "delta_mask" and any(own):
+                raise ValueError(f"arm '{arm.name}' freezes 'delta_mask', which holds the change of a delta, and the weights themselves train: freeze 'exact'")
         labels = [arm.label for arm in self.arms]
         if len(set(labels)) < len(labels):
             raise ValueError("two arms freeze the same group")

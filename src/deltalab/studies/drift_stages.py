@@ -15,9 +15,10 @@ from deltalab.core.records import write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.deltas.adapt import adapt, base_weight, is_adapted, trainable, unload
+from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.masks import freeze
 from deltalab.deltas.peft_format import load_adapter, save_adapter
-from deltalab.deltas.select import leaf, scored_linears
+from deltalab.deltas.select import leaf, scored_linears, select
 from deltalab.measure.drift import DriftProbe
 from deltalab.models.load import load, model_digest
 from deltalab.safety.groups import Group, difference, jaccard, matched_random, random_groups, random_like, top
@@ -200,6 +201,8 @@ class Steps:
         if "loaded" not in ctx.shared:
             model, tokenizer = load(self.spec.model)
             linears = scored_linears(model)
+            for item in self.spec.tune.adapt:  # a target that matches nothing is told now, not after the first stages
+                _ = item.parameters(model) if isinstance(item, ParameterSpec) else select(model, item.targets, item.layers)
             facts = {"parameters": sum(p.numel() for p in model.parameters()), "scored": sum(m.weight.numel() for m in linears.values()),
                      "matrices": len(linears), "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
             ctx.shared["loaded"] = {"model": model, "tokenizer": tokenizer, "digest": model_digest(model), "facts": facts}

@@ -1,0 +1,185 @@
+"""The drift study on a small random model: what it keeps is what a direct computation gives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltalab.core.errors import UserError
+from deltalab.core.spec import build, load_spec
+from deltalab.data.chat import encode_all
+from deltalab.deltas.adapt import delta_weight, merged_weight
+from deltalab.deltas.peft_format import load_adapter
+from deltalab.models.load import load
+from deltalab.safety.groups import Group, difference, top
+from deltalab.safety.scores import snip
+from deltalab.studies.drift import DriftStudySpec, run_study
+from tests.helpers import ROOT, byte_tokenizer, tiny_llama
+
+
+def spec_of(model: Path, **changes) -> DriftStudySpec:
+    values = {
+        "model": str(model), "score": {"samples": 4}, "groups": {"q": 0.2, "p": 0.1, "nulls": 20},
+        "safety": [{"task": "refusals", "limit": 4}], "utility": [{"task": "skills", "n": 4}],
+        "tune": {"adapt": [{"method": "lora", "r": 2, "targets": "all-linear"}], "data": [{"task": "benign", "n": 12}],
+                 "optim": {"steps": 4, "batch": 2, "lr": 1e-2}, "drift_every": 2},
+        "arms": [{"name": "free"}, {"name": "frozen", "freeze": "delta_mask"}, {"name": "control", "freeze": "delta_mask", "group": "matched"}],
+        "evaluate": {"prompts": ["advbench", "xstest_safe"], "limit": 3, "skills": 3, "max_new_tokens": 2},
+    }  # fmt: skip
+    return build(DriftStudySpec, {**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(context=512).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model) -> Path:
+    """A finished study."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    run_study(spec_of(model), out, say=lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def record(folder) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_what_lies_in_the_folder(folder):
+    stages = ["scores", "groups", "evaluate-before", "tune-free", "evaluate-free", "tune-frozen", "evaluate-frozen", "tune-control", "evaluate-control", "verdict", "report"]
+    assert sorted(p.parent.name for p in folder.glob("*/result.json")) == sorted(stages)
+    for name in ("report.html", "report.txt", "report.json", "record.json", "study.json", "evaluate-free/advbench/generations.jsonl", "evaluate-free/skills.jsonl"):
+        assert (folder / name).is_file(), name
+    assert not (folder / "scores/safety").exists()  # given back once the groups were made
+    assert not (folder / "tune-free/run/checkpoints").exists()
+    assert (folder / "tune-free/run/curves/drift.jsonl").is_file()
+
+
+def test_groups_are_those_of_the_scores(folder, model, record):
+    loaded, tokenizer = load(model)
+    spec = spec_of(model)
+    scores = {name: snip(loaded, encode_all(tokenizer, [c for task in getattr(spec, name) for c in task.train()], 512)) for name in ("safety", "utility")}
+    want = {"safety": top(scores["safety"], 0.2), "utility": top(scores["utility"], 0.2), "safety-only": difference(scores["safety"], scores["utility"], 0.1, 0.2)}
+    for name, group in want.items():
+        kept = Group.load(folder / "groups" / name)
+        assert all(torch.equal(kept.mask(path), group.mask(path)) for path in group)
+        assert record["groups"][name]["entries"] == group.count
+    matched = Group.load(folder / "groups/matched")
+    assert matched.counts == want["safety-only"].counts
+
+
+@pytest.mark.parametrize("arm", ["free", "frozen", "control"])
+def test_drift_is_that_of_the_saved_adapter(folder, model, record, arm):
+    loaded, _ = load(model)
+    plain, _ = load(model)
+    load_adapter(loaded, folder / f"tune-{arm}" / "adapter")
+    for name in ("safety", "safety-only", "matched"):
+        group = Group.load(folder / "groups" / name)
+        start = torch.cat([plain.get_submodule(path).weight[group.mask(path)] for path in group]).double()
+        change = torch.cat([delta_weight(loaded, path)[group.mask(path)] for path in group]).double()
+        kept = record["arms"][arm]["curves"][-1]["groups"][name]
+        assert kept["entries"] == group.count
+        assert kept["l2_per_sqrt"] == pytest.approx(float(change.detach().norm()) / group.count**0.5, rel=1e-6, abs=1e-12)
+        assert kept["relative_norm"] == pytest.approx(float((change.norm() / start.norm()).detach()), rel=1e-6, abs=1e-12)
+    frozen = {"frozen": "safety-only", "control": "matched"}.get(arm)
+    if frozen:
+        proof = record["arms"][arm]["freeze"]
+        assert (proof["held"], proof["max_change"], proof["group"]) == (True, 0.0, frozen)
+        group = Group.load(folder / "groups" / frozen)
+        for path in group:
+            assert torch.equal(merged_weight(loaded, path)[group.mask(path)], plain.get_submodule(path).weight[group.mask(path)])
+
+
+def test_curves_begin_at_nothing_and_have_their_band(record):
+    curves = record["arms"]["free"]["curves"]
+    assert [row["step"] for row in curves] == [0, 2, 4]
+    assert all(group["l2"] == 0 for group in curves[0]["groups"].values())
+    assert curves[-1]["groups"]["safety"]["l2"] > 0
+    assert curves[-1]["nulls"]["safety-only"]["draws"] == 20
+    assert len(record["arms"]["free"]["against"]["safety-only"]["draws"]) == 20
+
+
+def test_counts_of_replies_are_those_on_disk(folder, record):
+    for arm, found in record["arms"].items():
+        for name, safety in found["safety"].items():
+            lines = [json.loads(line) for line in (folder / f"evaluate-{arm}" / name / "generations.jsonl").read_text().splitlines()]
+            verdicts = [line["verdict"] for line in lines]
+            assert {v: verdicts.count(v) for v in ("refused", "complied", "broken")} == {v: safety[v] for v in ("refused", "complied", "broken")}
+            assert len(lines) == safety["n"] == 3
+
+
+def test_verdicts_name_everything(record):
+    assert [v["name"] for v in record["verdicts"]] == ["refusals", "false refusals", "skills", "drift", "freezing safety-only"]
+    assert set(record["stages"]) >= {"scores", "groups", "tune:free", "evaluate:before", "verdict"}
+
+
+def test_an_adapter_read_back_answers_as_the_tuned_model_did(folder, model, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "evaluate-control")
+    ctx = run_study(spec_of(model), again, only="evaluate:control", say=lambda line: None)
+    assert ctx.results["evaluate:control"] == json.loads((folder / "evaluate-control/result.json").read_text())["result"]
+
+
+def test_another_model_under_the_same_name_is_refused(folder, model, tmp_path):
+    swapped, again = tmp_path / "model", tmp_path / "again"
+    shutil.copytree(model, swapped)
+    run_study(spec_of(swapped), again, until="scores", say=lambda line: None)
+    tiny_llama(context=512, seed=1).save_pretrained(swapped)
+    with pytest.raises(UserError, match="stage 'scores'") as caught:
+        run_study(spec_of(swapped), again, say=lambda line: None)
+    assert "model: '" in caught.value.found
+
+
+def test_full_tuning_is_frozen_exactly(model, tmp_path):
+    spec = spec_of(model, arms=[{"name": "free"}, {"name": "frozen", "freeze": "exact", "group": "safety"}],
+                   tune={"adapt": [{"method": "train", "what": "full"}], "data": [{"task": "benign", "n": 12}],
+                         "optim": {"steps": 3, "batch": 2, "lr": 1e-2, "weight_decay": 0.1}, "drift_every": 3},
+                   evaluate={"prompts": ["advbench"], "limit": 2, "skills": 0, "max_new_tokens": 2})  # fmt: skip
+    ctx = run_study(spec, tmp_path / "out", say=lambda line: None)
+    frozen = ctx.results["tune:frozen"]
+    assert (frozen["freeze"]["held"], frozen["freeze"]["max_change"]) == (True, 0.0)
+    assert frozen["curves"][-1]["groups"]["safety"]["l2"] == 0
+    assert frozen["curves"][-1]["groups"]["utility"]["l2"] > 0
+    assert ctx.results["tune:free"]["curves"][-1]["groups"]["safety"]["l2"] > 0
+    assert "skills" not in json.loads((tmp_path / "out/record.json").read_text())["arms"]["free"]
+
+
+def test_dry_run_says_what_it_takes_and_runs_nothing(model, tmp_path):
+    text = run_study(spec_of(model), tmp_path / "out", dry_run=True)
+    assert isinstance(text, str)
+    assert len(text.splitlines()) >= 12
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_is_the_spec_that_users_copy():
+    bundled, copy = ROOT / "src/deltalab/studies/specs/drift-organism.yaml", ROOT / "examples/drift-organism.yaml"
+    assert bundled.read_text() == copy.read_text()
+    spec = load_spec(DriftStudySpec, bundled)
+    assert spec.model == "organism"
+    assert [arm.freeze for arm in spec.arms] == ["none", "delta_mask", "delta_mask"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"arms": [{"name": "frozen", "freeze": "delta_mask"}]}, "the first arm freezes nothing"),
+        ({"arms": [{"name": "free"}, {"name": "free", "freeze": "delta_mask"}]}, "two arms have one name"),
+        ({"arms": [{"name": "free"}, {"name": "more"}]}, "two arms freeze the same group"),
+        ({"arms": [{"name": "before"}]}, "no arm may be called 'before'"),
+        ({"arms": [{"name": "free"}, {"name": "x", "freeze": "exact"}]}, "freezes 'exact'"),
+        ({"evaluate": {"prompts": ["xstest_safe"]}}, "at least one set of harmful prompts"),
+        ({"evaluate": {"prompts": ["advbunch"]}}, "no prompt set is called 'advbunch'"),
+        ({"groups": {"nulls": 5}}, "groups.nulls"),
+    ],
+)
+def test_faults_of_a_spec(model, changes, fault):
+    with pytest.raises(UserError, match=fault):
+        spec_of(model, **changes)
