@@ -6,6 +6,7 @@ unchecked.
 
 import os
 import random
+import signal
 import sys
 
 # No test may reach for the network, and two test processes on two cores are slower with more than a thread each.
@@ -38,6 +39,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

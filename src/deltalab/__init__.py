@@ -4,6 +4,8 @@ Public names are loaded when they are first used, so `import deltalab` does not 
 """
 
 import importlib
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -30,3 +32,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Namesake(types.ModuleType):
+    """A submodule with the name of the public function in it: `dl.train(…)` and `deltalab.train.loop` both work."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WHERE and isinstance(value, types.ModuleType):  # the import system binds a submodule here
+            value.__class__ = _Namesake
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -82,6 +82,24 @@ def test_every_public_name_resolves(name: str) -> None:
     assert name.startswith("__") or (value.__doc__ or "").strip(), f"dl.{name} has no docstring"
 
 
+def test_a_function_and_a_submodule_may_share_a_name() -> None:
+    code = """if 1:
+        import deltalab as dl, inspect
+        first = dl.train                       # by name, before the submodule was imported
+        import deltalab.train
+        from deltalab.train import train
+        assert callable(first) and callable(dl.train) and callable(deltalab.train.run_spec)
+        for function in (first, dl.train):
+            try:
+                function()
+            except TypeError as error:
+                print(error)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("train() missing 3 required positional arguments") == 2
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'lora'"):
         deltalab.lora  # noqa: B018
