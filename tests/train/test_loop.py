@@ -82,7 +82,7 @@ def test_the_loop_is_plain_torch(schedule):
         )
         optimizer.param_groups[0]["lr"] = 5e-3 * scale
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         row = result.curves["train"][step]
         assert row["lr"] == pytest.approx(5e-3 * scale)
         assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)

@@ -17,10 +17,12 @@ def command(
     from deltalab.core.records import read_record
     from deltalab.core.spec import load_spec
     from deltalab.train import TrainSpec, run_spec
+    from deltalab.train.devices import processes
 
     plan = load_spec(TrainSpec, spec, overrides or [])
     path = run_spec(plan, plan.output or Path("runs") / spec.stem, progress=not quiet)
-    print(summary(read_record(path), path.parent))
+    if processes().is_main_process:
+        print(summary(read_record(path), path.parent))
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:

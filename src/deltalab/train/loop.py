@@ -33,6 +33,7 @@ from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
 from deltalab.train.curves import Curves
+from deltalab.train.devices import cpu_only
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
 from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import Progress
@@ -132,7 +133,9 @@ class Loop:
     def run(self) -> TrainResult:
         """Train to the end, from the start or the last checkpoint; the model is left with its final weights."""
         AcceleratorState._reset_state()  # the precision is this run's, whatever an earlier one had
-        self.accelerator = accelerate.Accelerator(mixed_precision="bf16" if self.spec.run.dtype == "bfloat16" else "no")
+        self.accelerator = accelerate.Accelerator(
+            cpu=cpu_only(), mixed_precision="bf16" if self.spec.run.dtype == "bfloat16" else "no"
+        )
         if self.spec.run.dtype == "bfloat16":
             require_bfloat16(self.accelerator.device)
         rng.seed_all(self.spec.seed + self.accelerator.process_index)
@@ -173,10 +176,15 @@ class Loop:
             self.state.tokens += tokens
             self.state.seconds += time.monotonic() - began
             done = self.state.step == self.steps or self.state.stopped
-            if done or stop.is_set() or self.state.step % self.checkpoint_every == 0:
+            stopping = self._any_process(stop.is_set())
+            if done or stopping or self.state.step % self.checkpoint_every == 0:
                 self._checkpoint()
-            if stop.is_set():
+            if stopping:
                 raise KeyboardInterrupt(f"stopped at step {self.state.step} of {self.steps}")
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: all of them have to stop at one step."""
+        return flag if self.accelerator.num_processes == 1 else any(gather_object([flag]))
 
     def _batch(self, step: int) -> list[int]:
         """The samples of a step: a pure function of the seed and the step."""

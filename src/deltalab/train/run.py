@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from deltalab.deltas.masks import Freezer
 from deltalab.deltas.peft_format import save_adapter
 from deltalab.models.load import load, model_digest
 from deltalab.train.checkpoint import Checkpoints, changes
+from deltalab.train.devices import processes
 from deltalab.train.loop import Loop, Probe, TrainResult, data_digest
 from deltalab.train.optim import trained_parameters
 from deltalab.train.precision import require_bfloat16
@@ -45,6 +45,7 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         raise UserError(
             "the run has no output folder.", next="set output in the spec, or on the command line: output=runs/first"
         )
+    progress = progress and processes().is_main_process
     with hold(place) as home:
         if finished(spec, home):
             say(f"'{home}' holds this run, finished: nothing is done again.", progress)
@@ -55,15 +56,15 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
         model, tokenizer = load(spec.model, dtype="float32" if own_weights else spec.run.dtype)
         if spec.run.dtype == "bfloat16":
-            require_bfloat16(accelerate.PartialState().device)
+            require_bfloat16(processes().device)
         base = model_digest(model)
-        device = accelerate.PartialState().device
+        device = processes().device
         adapt(model.to(device), spec.adapt, seed=spec.seed)
         say(str(trainable(model)), progress)
         before = scores(spec, model, tokenizer)
         result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
         after = scores(spec, model, tokenizer)
-        if accelerate.PartialState().is_main_process:
+        if processes().is_main_process:
             save_adapter(model, home / "adapter")
             size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
             write_record(home, "train", spec, {
@@ -76,6 +77,7 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
                 "device": str(device), "threads": torch.get_num_threads(),
             })  # fmt: skip
             Checkpoints(home, spec.run.keep).clear()
+        processes().wait_for_everyone()
         return home / "record.json"
 
 
@@ -84,6 +86,7 @@ def fit(
     folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
 ) -> TrainResult:  # fmt: skip
     """Encode, hold out, and run the loop in `folder`, which the caller holds."""
+    progress = progress and processes().is_main_process
     context = context_of(model, spec)
     samples = as_encodings(tokenizer, data, context, spec)
     say(f"  data: {samples}", progress)
@@ -99,7 +102,7 @@ def fit(
         shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
         frozen = freezer and [freezer.variant, freezer.entries]
         identity = {"spec": spec.plain(), **digests, "freezing": frozen, "model": model_digest(model), "trained parameters": digest(shapes),
-                    "number of processes": accelerate.PartialState().num_processes}  # fmt: skip
+                    "number of processes": processes().num_processes}  # fmt: skip
     result = Loop(
         model, tokenizer.pad_token_id or 0, train_set, held_out, spec, identity, folder, probes, freezer, progress
     ).run()
@@ -188,7 +191,7 @@ def finished(spec: TrainSpec, folder: Path) -> bool:
 @contextlib.contextmanager
 def hold(folder: str | Path) -> Iterator[Path]:
     """The output folder, held by the first process of this run."""
-    with owned(folder, "train") if accelerate.PartialState().is_main_process else contextlib.nullcontext():
+    with owned(folder, "train") if processes().is_main_process else contextlib.nullcontext():
         yield Path(folder)
 
 
