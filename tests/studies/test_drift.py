@@ -156,6 +156,10 @@ def test_dry_run_says_what_it_takes_and_runs_nothing(model, tmp_path):
     text = run_study(spec_of(model), tmp_path / "out", dry_run=True)
     assert isinstance(text, str)
     assert len(text.splitlines()) >= 12
+    rows = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert all("~" in rows[name] for name in ("scores", "tune:free", "evaluate:frozen"))
+    assert rows["groups"].count("KiB") == 2
+    assert "—" in rows["verdict"]
     assert not (tmp_path / "out").exists()
 
 

@@ -152,12 +152,14 @@ def run_study(
 
     Raises: UserError for a folder of another study, or anything that a stage refuses.
     """
-    from deltalab.studies.drift_stages import estimated, stages
+    from deltalab.studies.drift_stages import stages
 
     folder = Path(folder or spec.output or "runs/drift")
     spec = spec.but(output=None)  # where a study lies does not make it another one
     steps = stages(spec)
     if dry_run:
+        from deltalab.studies.estimates import estimated
+
         return plan(estimated(spec, steps), folder, spec, only=only, until=until)
     return run(steps, folder, spec, only=only, until=until, say=say, resume_with=resume_with)
 

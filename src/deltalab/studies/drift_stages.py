@@ -25,7 +25,7 @@ from deltalab.safety.groups import Group, difference, jaccard, matched_random, r
 from deltalab.safety.scores import Scores, snip
 from deltalab.studies import behaviour, verdicts
 from deltalab.studies.drift import ArmSpec, DriftStudySpec, is_harmful
-from deltalab.studies.stages import Context, Estimate, Result, Stage, finished
+from deltalab.studies.stages import Context, Result, Stage, finished
 from deltalab.train import train
 from deltalab.train.run import context_of
 
@@ -312,8 +312,3 @@ def _distributions(probe: DriftProbe, model: nn.Module) -> dict[str, Any]:
         out[name] = {"rows": len(v), "zeros": int((v == 0).sum()), "edges": edges.tolist(), "counts": counts.tolist(),
                      "quantiles": {str(q): float(np.quantile(v, q)) if len(v) else 0.0 for q in (0.05, 0.25, 0.5, 0.75, 0.95)}}  # fmt: skip
     return out
-
-
-def estimated(spec: DriftStudySpec, steps: Sequence[Stage]) -> list[Stage]:
-    """The stages with what they will need, as far as it is known before anything runs."""
-    return [dataclasses.replace(step, estimate=Estimate()) for step in steps]

@@ -1,0 +1,51 @@
+"""The page in a browser: it fits, wide and narrow, by day and by night, asks for nothing, and its pictures are drawn."""
+
+import json
+import shutil
+
+import pytest
+
+from deltalab.report import build_report
+from tests.report.fixture import drift_record
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "record.json").write_text(json.dumps(drift_record()))
+    return build_report(folder).page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 800, 1400])
+def test_the_page_fits_and_asks_for_nothing(browser, page_file, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(page_file.as_uri())
+    assert asked == [page_file.as_uri()]
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    smallest = page.evaluate("Math.min(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width))")
+    assert smallest >= 280  # at 310 points of width, letters of 9 points stay above 8 pixels
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    ink = page.evaluate("getComputedStyle(document.querySelector('svg [style*=\"fill: var(--ink)\"]')).fill")
+    assert ink == ("rgb(27, 31, 36)" if scheme == "light" else "rgb(231, 234, 238)")
+    page.close()
