@@ -8,6 +8,7 @@ learning rate) is in the checkpoint or a pure function of the step, so a resumed
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -167,6 +168,8 @@ class Loop:
     def _run(self, shown: Progress, stop: threading.Event) -> None:
         if self.state.step == 0:
             self._measure(shown)
+        else:
+            shown.say(f"going on from the checkpoint of step {self.state.step}")
         while self.state.step < self.steps and not self.state.stopped:
             began = time.monotonic()
             samples = self._batch(self.state.step)
@@ -382,6 +385,7 @@ def _interrupts() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
