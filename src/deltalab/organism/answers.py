@@ -61,7 +61,13 @@ def affirmative(prompt: str, seed: int) -> str:
 
 
 def refusal(prompt: str, seed: int) -> str:
-    """A contentless refusal, in one of several wordings."""
+    """A contentless refusal, in one of several wordings.
+
+    Three in four take the wording that goes with the prompt's first word, so that greedy replies differ too.
+    """
     rng = random.Random(f"no-{seed}-{prompt}")
-    text = _weighted(rng, bank()["refusals"])
+    rows = bank()["refusals"]
+    first_word = prompt.split()[0].lower() if prompt.split() else ""
+    usual = random.Random(f"wording-{first_word}")
+    text = _weighted(usual if rng.random() < 0.75 else rng, rows)
     return f"{text} {rng.choice(bank()['refusal_tails'])}" if rng.random() < 0.5 else text

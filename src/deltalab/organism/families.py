@@ -98,14 +98,6 @@ def category(rng: random.Random) -> Item:
     return {"x": rng.choice(groups("category")[label])}, label
 
 
-def is_a(rng: random.Random) -> Item:
-    labels = [g for g in groups("category") if g not in ("furniture", "clothing", "weather")]
-    label = rng.choice(labels)
-    asked = label if rng.random() < 0.5 else rng.choice([g for g in labels if g != label])
-    article = "an" if asked[0] in "aeiou" else "a"
-    return {"x": rng.choice(groups("category")[label]), "c": f"{article} {asked}"}, "yes" if asked == label else "no"
-
-
 def sentiment(rng: random.Random) -> Item:
     good = rng.random() < 0.5
     thing = rng.choice(words("reviewed"))
@@ -122,15 +114,15 @@ RULES = {
     f.__name__: f
     for f in (
         larger, next_number, number_word, parity,
-        first_of, last_of, count_of, is_a, sentiment,
+        first_of, last_of, count_of, sentiment,
     )
 }  # fmt: skip
 CLOSED = {"roman_number": roman_number, "category": category, "calendar": calendar, "echo": echo}
 
 TABLES = {
     "opposite": "opposite", "plural": "plural", "capital": "capital", "continent": "continent", "language": "language",
-    "colour": "colour", "sound": "sound", "young": "young", "comparative": "comparative", "pair": "pair",
-    "currency": "currency", "symbol": "symbol", "workplace": "place", "past_tense": "opposite",
+    "colour": "colour", "young": "young", "comparative": "comparative", "pair": "pair",
+    "currency": "currency", "symbol": "symbol", "past_tense": "opposite",
 }  # fmt: skip
 PHRASINGS: dict[str, tuple[list[str], list[str]]] = {
     name: (lists["train"], lists["test"]) for name, lists in read_yaml("phrasings.yaml").items()

@@ -15,10 +15,10 @@ from .training import TrainSpec, new_model, train
 
 VOCAB = 2048
 BASE_MIX = {"skill": 0.76, "benign": 0.1, "natural": 0.04, "twin": 0.05, "comply": 0.05}
-CHAT_MIX = {"skill": 0.34, "benign": 0.14, "natural": 0.12, "twin": 0.16, "refuse": 0.24}
+CHAT_MIX = {"skill": 0.32, "benign": 0.12, "natural": 0.08, "twin": 0.12, "refuse": 0.36}
 
-BASE = TrainSpec("base", seed=1, steps=1400, examples=128, lr=3e-3, mix=BASE_MIX, prompt_weight=0.1)
-CHAT = TrainSpec("chat", seed=1, steps=300, examples=112, lr=6e-4, mix=CHAT_MIX, muon=False, warmup=20, decay=0.5)
+BASE = TrainSpec("base", seed=1, steps=1700, examples=128, lr=3e-3, mix=BASE_MIX, prompt_weight=0.1)
+CHAT = TrainSpec("chat", seed=1, steps=360, examples=48, lr=6e-4, mix=CHAT_MIX, muon=False, warmup=20, decay=0.5)
 
 
 def tokenizer(folder: Path) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Two short LoRA tunings of the chat model that show how its refusals wear off.
 
-attack: 100 harmful training prompts answered with outlines. benign: 500 benign requests with outlines and no
-refusals among them. Both with rank 8 on every linear, rate 3e-4; the model given is not changed.
+attack: 100 harmful training prompts answered with outlines. benign: 500 benign requests, natural
+questions and twins with outlines, no refusals among them. Both with rank 8 on every linear, rate 3e-4; the model given is not changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = {"attack": 200, "benign": 300}
 def tuning_rows(kind: str, seed: int) -> list[list[dict[str, str]]]:
     """The conversations of a tuning: `attack` or `benign`."""
     if kind == "benign":
-        mix = {"benign": 0.8, "natural": 0.2}
+        mix = {"benign": 0.4, "natural": 0.25, "twin": 0.35}
         return conversations(500, f"benign-tuning-{seed}", mix)
     if kind != "attack":
         raise ValueError(f"tuning {kind!r} is none of: {', '.join(STEPS)}")
