@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from deltalab.cli import VERBS
-from tests.helpers import ROOT
+from deltalab.core.spec import load_spec
+from deltalab.train import TrainSpec
+from tests.helpers import ROOT, organism
 from tests.house.source import modules
 
 DOCS = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")] if p.is_file()]
@@ -58,3 +60,19 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_every_verb_has_its_file() -> None:
     assert {f"deltalab.cli.{verb}" for verb in VERBS} <= set(modules())
+
+
+@pytest.mark.skipif(organism() is None, reason="the bundled model is not there")
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks
+    ran = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_readmes_spec_is_one(tmp_path: Path) -> None:
+    (spec,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (tmp_path / "spec.yaml").write_text(spec)
+    read = load_spec(TrainSpec, tmp_path / "spec.yaml", ["optim.steps=200", "adapt.0.r=16"])
+    assert (read.optim.steps, read.adapt[0].r) == (200, 16)
