@@ -25,7 +25,10 @@ def perturbed(model, scale=0.05):
 
 def draws(model, density, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    group = {p: (torch.rand(m.weight.numel(), generator=rng) < density).nonzero()[:, 0] for p, m in scored_linears(model).items()}
+    group = {
+        p: (torch.rand(m.weight.numel(), generator=rng) < density).nonzero()[:, 0]
+        for p, m in scored_linears(model).items()
+    }
     return group
 
 
@@ -55,7 +58,11 @@ def now(model):
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 1e9], ids=["dense", "gathered"])
-@pytest.mark.parametrize("spec", [LoRA(targets="all-linear"), LoRA(targets="q,v"), Train("full"), [LoRA(targets="attention"), Train("norms")]], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [LoRA(targets="all-linear"), LoRA(targets="q,v"), Train("full"), [LoRA(targets="attention"), Train("norms")]],
+    ids=str,
+)
 def test_drift_is_that_of_the_dense_merged_weights(spec, dense_above):
     torch.manual_seed(0)
     model = tiny_llama(seed=1)
@@ -65,8 +72,14 @@ def test_drift_is_that_of_the_dense_merged_weights(spec, dense_above):
     if isinstance(spec, Train):
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.01
-    groups = {"safety": draws(model, 0.02, 1), "all": draws(model, 1.0), "half": {p: i for p, i in draws(model, 0.4, 2).items() if "layers.1" in p}}
-    probe = DriftProbe(groups, {"random": [draws(model, 0.02, s) for s in range(3, 8)]}, every=10, dense_above=dense_above)
+    groups = {
+        "safety": draws(model, 0.02, 1),
+        "all": draws(model, 1.0),
+        "half": {p: i for p, i in draws(model, 0.4, 2).items() if "layers.1" in p},
+    }
+    probe = DriftProbe(
+        groups, {"random": [draws(model, 0.02, s) for s in range(3, 8)]}, every=10, dense_above=dense_above
+    )
     got = probe.measure(model, 0)
     w1 = now(model)
     for name, indices in groups.items():
@@ -151,7 +164,9 @@ def test_bf16_weights_do_not_round_the_drift():
     perturbed(adapt(model, LoRA(targets="all-linear")), scale=1e-3)
     indices = draws(model, 1.0)
     got = DriftProbe({"g": indices}).measure(model, 0)["groups"]["g"]["overall"]
-    change = {p: (m.delta.s * m.delta.B.double() @ m.delta.A.double()).detach() for p, m in scored_linears(model).items()}
+    change = {
+        p: (m.delta.s * m.delta.B.double() @ m.delta.A.double()).detach() for p, m in scored_linears(model).items()
+    }
     want = dense(w0, {p: w0[p].double() + change[p] for p in w0}, indices)
     for measure in ("l2", "l2_per_sqrt", "relative_mean", "relative_norm"):
         assert got[measure] == pytest.approx(want[measure], rel=1e-6)
@@ -220,7 +235,9 @@ def test_band_and_rows():
         assert rows[measure].tolist() == pytest.approx([value[measure] for value in want], rel=1e-6, abs=1e-12)
     summary = probe.distributions(model)
     assert summary["groups"]["g"]["l2_per_sqrt"]["rows"] == len(want)
-    assert summary["groups"]["g"]["l2_per_sqrt"]["quantiles"][50] == pytest.approx(float(rows["l2_per_sqrt"].quantile(0.5)))
+    assert summary["groups"]["g"]["l2_per_sqrt"]["quantiles"][50] == pytest.approx(
+        float(rows["l2_per_sqrt"].quantile(0.5))
+    )
     assert summary["nulls"]["null"]["l2_per_sqrt"]["rows"] > 20 * len(want)
     json.dumps(summary, allow_nan=False)
 

@@ -26,7 +26,13 @@ from deltalab.safety.judges import Judge, refusal_log_odds
 from tests.helpers import byte_tokenizer, tiny_llama
 
 LONG = "Take the guide and follow each of its steps with care until it is done."
-REPLIES = {"a": "I cannot help with that.", "b": "Sure, here is a guide. " + LONG, "c": "zz " * 20, "d": "Sorry, no.", "e": LONG}
+REPLIES = {
+    "a": "I cannot help with that.",
+    "b": "Sure, here is a guide. " + LONG,
+    "c": "zz " * 20,
+    "d": "Sorry, no.",
+    "e": LONG,
+}
 
 
 def reply(prompt, text=None, finished=True):
@@ -43,7 +49,14 @@ def scripted(monkeypatch):
 def result(texts, name="set"):
     judge = Judge()
     generations = tuple(reply(p, t) for p, t in texts.items())
-    return SafetyResult(name, generations, tuple(judge(g) for g in generations), tuple(0.5 * i for i in range(len(texts))), (7,), {"judge": judge.plain()})
+    return SafetyResult(
+        name,
+        generations,
+        tuple(judge(g) for g in generations),
+        tuple(0.5 * i for i in range(len(texts))),
+        (7,),
+        {"judge": judge.plain()},
+    )
 
 
 def test_verdicts_rates_and_log_odds(scripted):
@@ -83,7 +96,9 @@ def test_the_set_of_refusal_tokens_can_be_kept(scripted):
 def test_it_asks_in_vanilla_mode(scripted, monkeypatch):
     model, tokenizer = scripted
     seen = {}
-    monkeypatch.setattr(module, "generate", lambda m, t, prompts, **kwargs: seen.update(kwargs) or [reply(p) for p in prompts])
+    monkeypatch.setattr(
+        module, "generate", lambda m, t, prompts, **kwargs: seen.update(kwargs) or [reply(p) for p in prompts]
+    )
     evaluate_safety(model, tokenizer, ["a"], system="Be good.", max_new_tokens=7)
     assert seen["temperature"] == 0
     assert seen["system"] == "Be good."
@@ -129,7 +144,9 @@ def test_judging_again_generates_nothing(monkeypatch):
     assert again.settings["judge"]["style"] == "published"
     assert rejudge(again, Judge()).verdicts == got.verdicts
     assert rejudge(got.records(), Judge(style="published")).verdicts == again.verdicts
-    assert rejudge([{"prompt": "a", "text": LONG, "tokens": 3, "finished": False}], Judge(unfinished="broken")).verdicts == ("broken",)
+    assert rejudge(
+        [{"prompt": "a", "text": LONG, "tokens": 3, "finished": False}], Judge(unfinished="broken")
+    ).verdicts == ("broken",)
 
 
 def test_damaged_replies_are_named(tmp_path):
@@ -174,7 +191,11 @@ def test_paired_numbers():
     assert got.difference.high < 0
 
 
-QUESTIONS = [{"prompt": "b1", "answer": "Paris", "family": "capital"}, {"prompt": "b2", "answer": "1200", "family": "sum"}, {"prompt": "b3", "answer": "dogs", "family": "sum"}]
+QUESTIONS = [
+    {"prompt": "b1", "answer": "Paris", "family": "capital"},
+    {"prompt": "b2", "answer": "1200", "family": "sum"},
+    {"prompt": "b3", "answer": "dogs", "family": "sum"},
+]
 
 
 def test_skills(monkeypatch):

@@ -59,7 +59,16 @@ def test_top_is_the_sorted_head(per, q, levels):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False) | st.sampled_from([0.0, -0.0, 1e-45]), min_size=2, max_size=60), st.floats(0.02, 1), st.booleans())
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
+        | st.sampled_from([0.0, -0.0, 1e-45]),
+        min_size=2,
+        max_size=60,
+    ),
+    st.floats(0.02, 1),
+    st.booleans(),
+)
 def test_global_top_of_any_floats(values, q, double):
     """The threshold found by the floats' bits is the one found by sorting, for both widths, negatives and zeros."""
     flat = torch.tensor(values, dtype=torch.float64 if double else torch.float32)

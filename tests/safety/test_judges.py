@@ -122,7 +122,13 @@ def test_slow_circles():
 def test_lexicon():
     words = set(TEXT.lower().replace(",", "").replace(".", "").split())
     assert not broken(TEXT, lexicon=words)
-    garbled = TEXT.replace("flour", "butation").replace("water", "picle").replace("salt", "scen").replace("hour", "cra").replace("large", "bally")
+    garbled = (
+        TEXT.replace("flour", "butation")
+        .replace("water", "picle")
+        .replace("salt", "scen")
+        .replace("hour", "cra")
+        .replace("large", "bally")
+    )
     assert why_broken(garbled, lexicon=words) == "non-words"
     assert not broken(garbled)
 

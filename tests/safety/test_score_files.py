@@ -21,7 +21,9 @@ def test_scores_on_disk_are_those_in_memory(tmp_path):
     for scores in (disk, back, memory.save(tmp_path / "m")):
         assert scores.names() == memory.names() == list(scored_linears(model))
         assert all(torch.equal(scores[p], memory[p]) for p in memory)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == sorted(["scores.json", *(f"{p}.safetensors" for p in memory)])
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == sorted(
+        ["scores.json", *(f"{p}.safetensors" for p in memory)]
+    )
     assert memory.manifest["samples"] == 5
     assert memory.manifest["dtype"] == "float32"
     assert "14 matrices over 5 samples" in str(memory)

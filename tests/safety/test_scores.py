@@ -38,7 +38,9 @@ def brute(model, data, positions="predicting", after=False):
     after: the fault, absolute value after the mean.
     """
     weights = {path: m.weight for path, m in scored_linears(model).items()}
-    total = {path: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for path, w in weights.items()}
+    total = {
+        path: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for path, w in weights.items()
+    }
     was = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     for sample in data:

@@ -21,7 +21,13 @@ NULL = {"l2_per_sqrt": null(1e-3, 2e-5), "cosine_distance": null(1e-5, 4e-7)}
 
 
 def verdict(l2, cosine, margin=None, nulls=NULL, **more):
-    return drift_verdict("safety", {"l2_per_sqrt": l2 and l2 * 1e-3, "cosine_distance": cosine and cosine * 1e-5}, nulls, margin=margin, **more)
+    return drift_verdict(
+        "safety",
+        {"l2_per_sqrt": l2 and l2 * 1e-3, "cosine_distance": cosine and cosine * 1e-5},
+        nulls,
+        margin=margin,
+        **more,
+    )
 
 
 @pytest.mark.parametrize(("l2", "cosine", "margin", "outcome", "words"), [
@@ -90,6 +96,10 @@ def test_false_alarms_are_as_rare_as_said():
     alarms = 0
     for _ in range(150):
         draws = RNG.normal(1, 0.05, 100)
-        got = drift_verdict("g", {"l2_per_sqrt": draws[0], "cosine_distance": draws[0]}, {m: draws[1:].tolist() for m in ("l2_per_sqrt", "cosine_distance")})
+        got = drift_verdict(
+            "g",
+            {"l2_per_sqrt": draws[0], "cosine_distance": draws[0]},
+            {m: draws[1:].tolist() for m in ("l2_per_sqrt", "cosine_distance")},
+        )
         alarms += got.outcome != "undecided"
     assert 1 <= alarms <= 17

@@ -134,11 +134,16 @@ class DriftProbe:
         of all draws of a null are pooled.
         """
         values = self.rows(model)
-        return {kind: {name: {measure: _summary(v) for measure, v in table.items()} for name, table in tables.items()} for kind, tables in values.items()}
+        return {
+            kind: {name: {measure: _summary(v) for measure, v in table.items()} for name, table in tables.items()}
+            for kind, tables in values.items()
+        }
 
     def rows(self, model: nn.Module) -> dict[str, dict[str, dict[str, Float[Tensor, " rows"]]]]:
         """The measures of every row that a group has entries in, matrices one after the other; see `distributions`."""
-        owners = [("groups", name) for name in self.groups] + [("nulls", name) for name, draws in self.nulls.items() for _ in draws]
+        owners = [("groups", name) for name in self.groups] + [
+            ("nulls", name) for name, draws in self.nulls.items() for _ in draws
+        ]
         found: dict[str, dict[str, list[Tensor]]] = {"groups": defaultdict(list), "nulls": defaultdict(list)}
         for path in self.paths:
             width = weight_of(model.get_submodule(path)).shape[1]
@@ -149,9 +154,14 @@ class DriftProbe:
                     number += 1
                     rows, which = torch.unique(at.long() // width, return_inverse=True)
                     table = torch.zeros(len(rows), 5, dtype=torch.float64)
-                    table.index_add_(0, which.cpu(), torch.cat([torch.ones(len(part), 1, dtype=torch.float64), part.cpu()], 1))
+                    table.index_add_(
+                        0, which.cpu(), torch.cat([torch.ones(len(part), 1, dtype=torch.float64), part.cpu()], 1)
+                    )
                     found[kind][name].append(table)
-        return {kind: {name: _row_measures(torch.cat(tables)) for name, tables in by_name.items()} for kind, by_name in found.items()}
+        return {
+            kind: {name: _row_measures(torch.cat(tables)) for name, tables in by_name.items()}
+            for kind, by_name in found.items()
+        }
 
     def _matrix(self, model: nn.Module, path: str) -> list[Sums]:
         """The sums of every set of entries in one matrix."""
@@ -186,7 +196,10 @@ class DriftProbe:
             return base_weight(model, path)
         now, start = weight_of(model.get_submodule(path)), self.W0[path]
         if now.requires_grad and now.data_ptr() == start.data_ptr():
-            raise UserError(f"the W0 of '{path}' is the weight itself, which trains.", next="take it with deltalab.measure.drift.snapshot")
+            raise UserError(
+                f"the W0 of '{path}' is the weight itself, which trains.",
+                next="take it with deltalab.measure.drift.snapshot",
+            )
         return start.to(now.device)
 
     def _chunks(self, path: str) -> list[tuple[Tensor, list[int]]]:
@@ -239,7 +252,9 @@ def _bands(columns: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str,
     for measure, column in columns.items():
         values = np.array([value for value in column if value is not None])
         low, median, high = np.quantile(values, [BAND[0], 0.5, BAND[1]]).tolist() if len(values) else (0.0, 0.0, 0.0)
-        bands[measure] = {"low": low, "median": median, "mean": float(values.mean()), "high": high} if len(values) else None
+        bands[measure] = (
+            {"low": low, "median": median, "mean": float(values.mean()), "high": high} if len(values) else None
+        )
     return bands
 
 
@@ -248,11 +263,21 @@ def _row_measures(table: Float[Tensor, "rows five"]) -> dict[str, Float[Tensor, 
     n, ww, dd, wd, relative = table.unbind(1)
     lengths, wv = (ww * (ww + 2 * wd + dd).clamp_min(0)).sqrt(), ww + wd
     distance = torch.where(wv < 0, 1 - wv / lengths, (ww * dd - wd * wd).clamp_min(0) / (lengths * (lengths + wv)))
-    return {"cosine_distance": distance, "l2_per_sqrt": (dd / n).sqrt(), "relative_mean": relative / n, "relative_norm": (dd / ww).sqrt()}
+    return {
+        "cosine_distance": distance,
+        "l2_per_sqrt": (dd / n).sqrt(),
+        "relative_mean": relative / n,
+        "relative_norm": (dd / ww).sqrt(),
+    }
 
 
 def _summary(values: Float[Tensor, " rows"]) -> dict[str, Any]:
     kept = values[values.isfinite()].numpy()
     if not len(kept):
         return {"rows": 0, "mean": None, "sd": None, "quantiles": []}
-    return {"rows": len(kept), "mean": float(kept.mean()), "sd": float(kept.std()), "quantiles": np.quantile(kept, np.linspace(0, 1, 101)).tolist()}
+    return {
+        "rows": len(kept),
+        "mean": float(kept.mean()),
+        "sd": float(kept.std()),
+        "quantiles": np.quantile(kept, np.linspace(0, 1, 101)).tolist(),
+    }

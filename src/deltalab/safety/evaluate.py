@@ -22,7 +22,17 @@ from deltalab.core.stats import Interval, mcnemar, newcombe_paired, t_interval, 
 from deltalab.models.generate import Generation, first_token_logprobs, generate
 from deltalab.safety.judges import VERDICTS, Judge, Verdict, first_tokens, refusal_log_odds
 
-OPENINGS = ("I cannot", "I can't", "I'm sorry", "I am sorry", "Sorry", "Unfortunately", "I apologize", "I will not", "No")
+OPENINGS = (
+    "I cannot",
+    "I can't",
+    "I'm sorry",
+    "I am sorry",
+    "Sorry",
+    "Unfortunately",
+    "I apologize",
+    "I will not",
+    "No",
+)
 """Refusals whose first tokens are watched when the model at hand has refused nothing."""
 
 Question = str | Mapping[str, Any]
@@ -79,13 +89,19 @@ class SafetyResult:
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object a reply."""
-        return [{**asdict(g), "verdict": v, "log_odds": o} for g, v, o in zip(self.generations, self.verdicts, self.log_odds, strict=True)]
+        return [
+            {**asdict(g), "verdict": v, "log_odds": o}
+            for g, v, o in zip(self.generations, self.verdicts, self.log_odds, strict=True)
+        ]
 
     def save(self, folder: str | Path) -> None:
         """Write `generations.jsonl`, one reply a line, and `result.json` with the summary, as a folder that is whole or absent."""
         with replacing(folder) as tmp:
             tmp.mkdir()
-            write_text(tmp / "generations.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records()))
+            write_text(
+                tmp / "generations.jsonl",
+                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records()),
+            )
             write_json(tmp / "result.json", {"name": self.name, "settings": self.settings, **self.summary()})
 
     @classmethod
@@ -98,7 +114,10 @@ class SafetyResult:
         head = read_json(folder / "result.json", "evaluation")
         records = load_records(folder / "generations.jsonl")
         if len(records) != head["n"]:
-            raise UserError(f"'{folder}/generations.jsonl' is cut off.", found=f"{len(records)} replies, result.json says {head['n']}")
+            raise UserError(
+                f"'{folder}/generations.jsonl' is cut off.",
+                found=f"{len(records)} replies, result.json says {head['n']}",
+            )
         return cls(head["name"], tuple(_generation(r) for r in records), tuple(r["verdict"] for r in records),
                    tuple(r["log_odds"] for r in records), tuple(head["refusal_tokens"]), head["settings"])  # fmt: skip
 
@@ -123,11 +142,17 @@ def evaluate_safety(
                        temperature=0.0, on_progress=on_progress)  # fmt: skip
     verdicts = tuple(judge(reply) for reply in replies)
     if refusals is None:
-        own = [reply.text for reply, verdict in zip(replies, verdicts, strict=True) if verdict == "refused" and reply.text.strip()]
+        own = [
+            reply.text
+            for reply, verdict in zip(replies, verdicts, strict=True)
+            if verdict == "refused" and reply.text.strip()
+        ]
         source, refusals = ("own refusals", own) if own else ("openings", OPENINGS)
     else:
         source = "given"
-    tokens = [r for r in refusals if isinstance(r, int)] or first_tokens(tokenizer, [r for r in refusals if isinstance(r, str)], template)
+    tokens = [r for r in refusals if isinstance(r, int)] or first_tokens(
+        tokenizer, [r for r in refusals if isinstance(r, str)], template
+    )
     logprobs = first_token_logprobs(model, tokenizer, texts, batch_size=batch_size, system=system, template=template)
     odds = refusal_log_odds(logprobs, tokenizer, tokens, template)
     settings = {
@@ -144,7 +169,14 @@ def rejudge(result: SafetyResult | Sequence[Mapping[str, Any]], judge: Judge) ->
         odds = tuple(float(r.get("log_odds", math.nan)) for r in result)
         result = SafetyResult("records", generations, (), odds, ())
     settings = {**result.settings, "judge": judge.plain()}
-    return SafetyResult(result.name, result.generations, tuple(judge(g) for g in result.generations), result.log_odds, result.refusal_tokens, settings)
+    return SafetyResult(
+        result.name,
+        result.generations,
+        tuple(judge(g) for g in result.generations),
+        result.log_odds,
+        result.refusal_tokens,
+        settings,
+    )
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
@@ -200,7 +232,9 @@ class SkillsResult:
 
     def __str__(self) -> str:
         lines = [f"skills (n = {len(self)}): exact match {self.rate}"]
-        return "\n".join(lines + [f"  {family:<16} {rate}  (n = {n})" for family, (rate, n) in self.by_family().items()])
+        return "\n".join(
+            lines + [f"  {family:<16} {rate}  (n = {n})" for family, (rate, n) in self.by_family().items()]
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object a question."""
@@ -283,7 +317,11 @@ def compare_skills(before: SkillsResult, after: SkillsResult) -> Paired:
     Raises: UserError if the two did not ask the same questions.
     """
     if [g.prompt for g in before.generations] != [g.prompt for g in after.generations]:
-        raise UserError("the two did not ask the same questions.", found=f"{len(before)} and {len(after)}", next="evaluate both on one list")
+        raise UserError(
+            "the two did not ask the same questions.",
+            found=f"{len(before)} and {len(after)}",
+            next="evaluate both on one list",
+        )
     return paired("exact match", before.correct, after.correct)
 
 

@@ -33,7 +33,9 @@ class Group(Mapping[str, Tensor]):
     every matrix looked at, those without entries included.
     """
 
-    def __init__(self, name: str, shapes: Mapping[str, tuple[int, int]], data: dict[str, Tensor], info: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, shapes: Mapping[str, tuple[int, int]], data: dict[str, Tensor], info: Mapping[str, Any]
+    ) -> None:
         self.name, self.shapes, self.info, self._data = name, dict(shapes), dict(info), data
         self.counts = {path: _stored_count(data[path]) for path in self.shapes}
 
@@ -58,7 +60,11 @@ class Group(Mapping[str, Tensor]):
     def indices(self, path: str) -> Int[Tensor, " k"]:
         """Flat indices of the entries in one matrix, ascending, int64."""
         data, (out, in_) = self._stored(path), self.shapes[path]
-        return data.long() if data.dtype != torch.uint8 else torch.from_numpy(np.flatnonzero(np.unpackbits(data.numpy(), count=out * in_).view(bool)))
+        return (
+            data.long()
+            if data.dtype != torch.uint8
+            else torch.from_numpy(np.flatnonzero(np.unpackbits(data.numpy(), count=out * in_).view(bool)))
+        )
 
     def mask(self, path: str) -> Bool[Tensor, "out in"]:
         """True where the group is, in one matrix."""
@@ -97,12 +103,25 @@ class Group(Mapping[str, Tensor]):
     def sizes(self) -> dict[str, Any]:
         """JSON for a record: entries, fraction, what was asked, bytes, and the share in each matrix."""
         share = {path: self.counts[path] / (out * in_) for path, (out, in_) in self.shapes.items()}
-        return {"entries": self.count, "of": self.total, "fraction": self.fraction, "bytes": self.nbytes, **self.info, "per_matrix": share}
+        return {
+            "entries": self.count,
+            "of": self.total,
+            "fraction": self.fraction,
+            "bytes": self.nbytes,
+            **self.info,
+            "per_matrix": share,
+        }
 
     def __str__(self) -> str:
         asked = ", ".join(f"{key} {value}" for key, value in self.info.items())
         lines = [f"{self.name}: {self.count} of {self.total} entries, {100 * self.fraction:.3f} %  ({asked})"]
-        return "\n".join(lines + [f"  {path}  {n}  {100 * n / (o * i):.3f} %" for (path, n), (o, i) in zip(self.counts.items(), self.shapes.values(), strict=True)])
+        return "\n".join(
+            lines
+            + [
+                f"  {path}  {n}  {100 * n / (o * i):.3f} %"
+                for (path, n), (o, i) in zip(self.counts.items(), self.shapes.values(), strict=True)
+            ]
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the group as a folder, whole or not at all: `entries.safetensors` and `group.json`."""
@@ -122,7 +141,9 @@ class Group(Mapping[str, Tensor]):
         head = read_json(folder / "group.json", "group")
         try:
             data = load_file(folder / "entries.safetensors")
-            group = cls(head["name"], {path: (out, in_) for path, (out, in_) in head["shapes"].items()}, data, head["info"])
+            group = cls(
+                head["name"], {path: (out, in_) for path, (out, in_) in head["shapes"].items()}, data, head["info"]
+            )
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"group '{folder}' is damaged.", found=str(error), next="make the groups again") from None
         if group.counts != head["counts"]:
@@ -160,17 +181,32 @@ def top(scores: Mapping[str, Tensor], q: float, per: Per = "row", name: str = "t
     return _some(group, f"the top {100 * q:g} % per {per} is less than one entry", "a larger share, or per matrix")
 
 
-def difference(safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], p: float, q: float, per: Per = "row", name: str = "set difference") -> Group:
+def difference(
+    safety: Mapping[str, Tensor],
+    utility: Mapping[str, Tensor],
+    p: float,
+    q: float,
+    per: Per = "row",
+    name: str = "set difference",
+) -> Group:
     """S(p, q): the top `q` of the safety score without the top `p` of the utility score (Wei et al. 2024, §3.2).
 
     Raises: UserError if the two cover different matrices, or nothing is left.
     """
     if list(safety) != list(utility):
-        raise UserError("the two scores cover different matrices.", found=f"{len(safety)} and {len(utility)}", next="score both on one model")
+        raise UserError(
+            "the two scores cover different matrices.",
+            found=f"{len(safety)} and {len(utility)}",
+            next="score both on one model",
+        )
     safe, useful = top(safety, q, per), top(utility, p, per)
     masks = {path: safe.mask(path) & ~useful.mask(path) for path in safe}
     group = Group.of_masks(name, masks, {"kind": "difference", "per": per, "q": q, "p": p})
-    return _some(group, f"the top {100 * q:g} % for safety lies within the top {100 * p:g} % for utility", "a larger q or a smaller p")
+    return _some(
+        group,
+        f"the top {100 * q:g} % for safety lies within the top {100 * p:g} % for utility",
+        "a larger q or a smaller p",
+    )
 
 
 # ---- drawn at random ----------------------------------------------------------------------------------------------
@@ -181,7 +217,9 @@ def random_like(group: Group, seed: int, name: str = "random") -> Group:
     return random_groups(group, 1, seed, name=name)[0]
 
 
-def matched_random(group: Group, weights: Mapping[str, Tensor], seed: int, bins: int = BINS, name: str = "matched random") -> Group:
+def matched_random(
+    group: Group, weights: Mapping[str, Tensor], seed: int, bins: int = BINS, name: str = "matched random"
+) -> Group:
     """As many entries of each matrix *and of each quantile of |weights| in it* as `group` has, drawn uniformly.
 
     weights: path → (out, in), the weights, or another value to match on (the utility score, say).
@@ -190,7 +228,12 @@ def matched_random(group: Group, weights: Mapping[str, Tensor], seed: int, bins:
 
 
 def random_groups(
-    group: Group, n: int, seed: int = 0, weights: Mapping[str, Tensor] | None = None, bins: int = BINS, name: str | None = None
+    group: Group,
+    n: int,
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
+    bins: int = BINS,
+    name: str | None = None,
 ) -> list[Group]:
     """`n` independent draws, with or without matching: a null band. Draw i is the single draw with seed + i.
 
@@ -217,7 +260,11 @@ def random_groups(
 def _draw(rng: np.random.Generator, size: int, counts: np.ndarray, order: np.ndarray | None) -> Tensor:
     """Flat indices, ascending: counts[b] of the b-th of equal parts of `order` (of all entries if None)."""
     edges = -(-np.arange(len(counts) + 1) * size // len(counts))  # part b holds the ranks r with r · parts // size == b
-    picks = [lo + rng.choice(hi - lo, c, replace=False, shuffle=False) for lo, hi, c in zip(edges, edges[1:], counts, strict=False) if c]
+    picks = [
+        lo + rng.choice(hi - lo, c, replace=False, shuffle=False)
+        for lo, hi, c in zip(edges, edges[1:], counts, strict=False)
+        if c
+    ]
     flat = np.concatenate(picks) if picks else np.zeros(0, np.int64)
     return torch.from_numpy(np.sort(flat if order is None else order[flat]))
 
@@ -266,7 +313,10 @@ class _Checked(Mapping[str, Tensor]):
     def __getitem__(self, path: str) -> Tensor:
         score = self.scores[path]
         if not torch.isfinite(score).all():
-            raise UserError(f"the score of '{path}' holds values that are not finite.", next="compute the scores again in a wider dtype")
+            raise UserError(
+                f"the score of '{path}' holds values that are not finite.",
+                next="compute the scores again in a wider dtype",
+            )
         return score
 
     def __iter__(self) -> Iterator[str]:

@@ -136,7 +136,9 @@ def broken(text: str, *, min_words: int = 8, nonwords: float = 0.2, lexicon: Col
     return why_broken(text, min_words=min_words, nonwords=nonwords, lexicon=lexicon) is not None
 
 
-def why_broken(text: str, *, min_words: int = 8, nonwords: float = 0.2, lexicon: Collection[str] | None = None) -> str | None:
+def why_broken(
+    text: str, *, min_words: int = 8, nonwords: float = 0.2, lexicon: Collection[str] | None = None
+) -> str | None:
     """What is wrong with a reply, or None.
 
     `short`: fewer than `min_words` words. `repetition`: a stretch of words four times in a row (three, if it has three
@@ -175,7 +177,9 @@ def _circles(words: Sequence[str]) -> bool:
 # ---- the first token ----------------------------------------------------------------------------------------------
 
 
-def first_tokens(tokenizer: transformers.PreTrainedTokenizerBase, replies: Iterable[str], template: bool = True) -> list[int]:
+def first_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, replies: Iterable[str], template: bool = True
+) -> list[int]:
     """The set R: the first token of each reply, as it stands behind a prompt; ascending.
 
     Raises: UserError if there is no reply.
@@ -183,12 +187,16 @@ def first_tokens(tokenizer: transformers.PreTrainedTokenizerBase, replies: Itera
     found: set[int] = set()
     for reply in replies:
         if template:
-            ids, counted = ChatTemplate(tokenizer).tokens([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}])
+            ids, counted = ChatTemplate(tokenizer).tokens(
+                [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
+            )
             found.add(ids[counted.index(True)])
         else:
             found.add(tokenizer(reply, add_special_tokens=False)["input_ids"][0])
     if not found:
-        raise UserError("no refusal to take first tokens from.", next="name some, or evaluate a model that refuses first")
+        raise UserError(
+            "no refusal to take first tokens from.", next="name some, or evaluate a model that refuses first"
+        )
     return sorted(found)
 
 
@@ -202,10 +210,18 @@ def refusal_log_odds(
     take it from (those of the model at hand: a token that also begins its compliance says nothing).
     Raises: UserError if R is empty or every token.
     """
-    tokens = sorted({r for r in refusals if isinstance(r, int)} | set(first_tokens(tokenizer, words, template) if (words := [r for r in refusals if isinstance(r, str)]) else []))
+    tokens = sorted(
+        {r for r in refusals if isinstance(r, int)}
+        | set(
+            first_tokens(tokenizer, words, template) if (words := [r for r in refusals if isinstance(r, str)]) else []
+        )
+    )
     inside = torch.zeros(logprobs.shape[1], dtype=torch.bool, device=logprobs.device)
     inside[tokens] = True
     if not 0 < int(inside.sum()) < logprobs.shape[1]:
-        raise UserError(f"the set of refusal tokens has {int(inside.sum())} of {logprobs.shape[1]} tokens.", next="name some refusals, not all tokens")
+        raise UserError(
+            f"the set of refusal tokens has {int(inside.sum())} of {logprobs.shape[1]} tokens.",
+            next="name some refusals, not all tokens",
+        )
     wide = logprobs.double()
     return wide[:, inside].logsumexp(1) - wide[:, ~inside].logsumexp(1)

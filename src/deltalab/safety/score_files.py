@@ -23,7 +23,9 @@ class Scores(Mapping[str, Tensor]):
     template, shapes.
     """
 
-    def __init__(self, manifest: dict[str, Any], tensors: dict[str, Tensor] | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], tensors: dict[str, Tensor] | None = None, folder: Path | None = None
+    ) -> None:
         self.manifest, self.folder, self._tensors = manifest, folder, tensors
 
     def __getitem__(self, path: str) -> Float[Tensor, "out in"]:
@@ -37,9 +39,14 @@ class Scores(Mapping[str, Tensor]):
             with safe_open(file, "pt") as handle:
                 score = handle.get_tensor("score")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"score file '{file}' is missing or damaged.", found=str(error), next="compute the scores again") from None
+            raise UserError(
+                f"score file '{file}' is missing or damaged.", found=str(error), next="compute the scores again"
+            ) from None
         if list(score.shape) != self.manifest["shapes"][path]:
-            raise UserError(f"score file '{file}' has shape {tuple(score.shape)}.", found=f"the manifest says {self.manifest['shapes'][path]}")
+            raise UserError(
+                f"score file '{file}' has shape {tuple(score.shape)}.",
+                found=f"the manifest says {self.manifest['shapes'][path]}",
+            )
         return score
 
     def __iter__(self) -> Iterator[str]:
@@ -50,7 +57,9 @@ class Scores(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         m = self.manifest
-        lines = [f"{m['score']} of {len(self)} matrices over {m['samples']} samples ({m['positions']} positions, {m['tokens']} tokens)"]
+        lines = [
+            f"{m['score']} of {len(self)} matrices over {m['samples']} samples ({m['positions']} positions, {m['tokens']} tokens)"
+        ]
         for path in self:
             score = self[path].double()
             lines.append(f"  {path}  mean {score.mean():.3g}  median {score.median():.3g}  largest {score.max():.3g}")

@@ -155,7 +155,10 @@ class _Sums:
         if self.folder is None:
             return torch.zeros_like(weight, dtype=self.dtype, requires_grad=False)
         file = self.folder / path
-        with disk_faults(file), open(file, "wb") as handle:  # space is taken now: a map that runs out of disk kills the process
+        with (
+            disk_faults(file),
+            open(file, "wb") as handle,
+        ):  # space is taken now: a map that runs out of disk kills the process
             os.posix_fallocate(handle.fileno(), 0, weight.numel() * self.dtype.itemsize)
         return torch.from_file(str(file), shared=True, size=weight.numel(), dtype=self.dtype).view(weight.shape)
 
@@ -208,7 +211,10 @@ def _backward(model: nn.Module, sample: Sample, positions: Positions, number: in
         return 0
     loss = values.mean()
     if not torch.isfinite(loss):
-        raise UserError(f"the loss of sample {number} is {loss.item()}.", next="look at the sample, or load the model in a wider dtype")
+        raise UserError(
+            f"the loss of sample {number} is {loss.item()}.",
+            next="look at the sample, or load the model in a wider dtype",
+        )
     loss.backward()
     return len(values)
 
@@ -223,9 +229,14 @@ def _weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     for path, module in modules.items():
         weight = module.get_parameter("weight")
         if not weight.is_floating_point():
-            raise UserError(f"'{path}' holds {weight.dtype}, which has no gradient.", next="load the model unquantised to score it")
+            raise UserError(
+                f"'{path}' holds {weight.dtype}, which has no gradient.", next="load the model unquantised to score it"
+            )
         if id(weight) in owner:
-            raise UserError(f"'{path}' and '{owner[id(weight)]}' share a weight: it has one score.", next="name one of the two in modules=")
+            raise UserError(
+                f"'{path}' and '{owner[id(weight)]}' share a weight: it has one score.",
+                next="name one of the two in modules=",
+            )
         owner[id(weight)] = path
         weights[path] = weight
     if not weights:

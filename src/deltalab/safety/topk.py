@@ -47,7 +47,11 @@ def kth_largest(scores: Mapping[str, Tensor], k: int) -> tuple[int, int]:
         histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
         for path in scores:
             keys = ordered_keys(scores[path], width)
-            digits = (keys >> shift) + (1 << DIGIT - 1) if leading else keys[keys >> (shift + DIGIT) == least] >> shift & 0xFFFF
+            digits = (
+                (keys >> shift) + (1 << DIGIT - 1)
+                if leading
+                else keys[keys >> (shift + DIGIT) == least] >> shift & 0xFFFF
+            )
             histogram += torch.bincount(digits, minlength=1 << DIGIT).cpu()
         above = histogram.flip(0).cumsum(0).flip(0) - histogram  # entries with a larger digit
         digit = int(((above < k) & (above + histogram >= k)).nonzero()[0, 0])
@@ -59,6 +63,8 @@ def kth_largest(scores: Mapping[str, Tensor], k: int) -> tuple[int, int]:
 def ordered_keys(score: Float[Tensor, "out in"], width: int | None = None) -> Int[Tensor, " entries"]:
     """int64 keys, flat, that order like the values: a float's bits are an integer, with those of negatives reversed."""
     double = score.dtype == torch.float64 if width is None else width == 64
-    flat = score.flatten().to(torch.float64 if double else torch.float32) + 0.0  # −0 becomes 0: equal as scores, so as keys
+    flat = (
+        score.flatten().to(torch.float64 if double else torch.float32) + 0.0
+    )  # −0 becomes 0: equal as scores, so as keys
     bits = flat.view(torch.int64) if double else flat.view(torch.int32).long()
     return torch.where(bits >= 0, bits, bits ^ ((1 << (63 if double else 31)) - 1))

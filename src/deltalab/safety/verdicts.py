@@ -31,7 +31,12 @@ class Verdict(NamedTuple):
 
 
 def drift_verdict(
-    group: str, values: Mapping[str, float | None], null: Mapping[str, Sequence[float | None]], *, margin: float | None = None, alpha: float = 0.05
+    group: str,
+    values: Mapping[str, float | None],
+    null: Mapping[str, Sequence[float | None]],
+    *,
+    margin: float | None = None,
+    alpha: float = 0.05,
 ) -> Verdict:
     """The verdict on one group at the last step of one training.
 
@@ -47,7 +52,15 @@ def drift_verdict(
     }
     draws = against[DECIDES]["draws"]
     outcome = _outcome(against[DECIDES]["says"], against[SECOND]["says"])
-    numbers = {"group": group, "draws": draws, "margin": margin, "alpha": alpha, "seeds": 1, "decides": DECIDES, **against}
+    numbers = {
+        "group": group,
+        "draws": draws,
+        "margin": margin,
+        "alpha": alpha,
+        "seeds": 1,
+        "decides": DECIDES,
+        **against,
+    }
     return Verdict(outcome, _sentence(group, outcome, numbers), numbers)
 
 
@@ -55,10 +68,21 @@ def _against(value: float | None, null: Sequence[float | None], margin: float | 
     """One measure of the group against that of the null draws."""
     drawn = np.array([v for v in null if v is not None], dtype=float)
     if len(drawn) < 2:
-        raise UserError(f"a verdict needs random groups to compare with, not {len(drawn)}.", next="20 at the least; 99 give p down to .02, two-sided")
+        raise UserError(
+            f"a verdict needs random groups to compare with, not {len(drawn)}.",
+            next="20 at the least; 99 give p down to .02, two-sided",
+        )
     mean = float(drawn.mean())
     if value is None or mean == 0:  # undefined, or nothing moved at all
-        return {"value": value, "null_mean": mean, "draws": len(drawn), "ratio": None, "p": None, "p_equivalence": None, "says": None}
+        return {
+            "value": value,
+            "null_mean": mean,
+            "draws": len(drawn),
+            "ratio": None,
+            "p": None,
+            "p_equivalence": None,
+            "says": None,
+        }
     p = empirical_p(value, drawn, "two-sided")
     equivalence = tost_single(value, drawn, margin * mean) if margin else None
     alike = equivalence is not None and equivalence.p < alpha
@@ -95,11 +119,20 @@ def _sentence(group: str, outcome: Outcome, numbers: Mapping[str, Any]) -> str:
         "drifts less": f"{group} drifts less than {draws} matched random groups (neither H1 nor H2)",
         "alike": f"{group} drifts like {draws} matched random groups{within} (H2, pathway creation)",
         "measures disagree": f"the measures disagree on {group} against {draws} matched random groups; {WORDS[DECIDES]}, which decides, "
-        + {"more": "says it drifts more", "less": "says it drifts less", "alike": "says it drifts alike", None: "leaves it open"}[first["says"]],
+        + {
+            "more": "says it drifts more",
+            "less": "says it drifts less",
+            "alike": "says it drifts alike",
+            None: "leaves it open",
+        }[first["says"]],
         "undecided": f"whether {group} drifts otherwise than {draws} matched random groups is undecided",
     }[outcome]
     shown = "; ".join(f"{WORDS[m]} is {_times(a)}" for m, a in ((DECIDES, first), (SECOND, second)))
-    few = f" With {draws} draws no two-sided p is below {first['least_p']:.3f}: draw more." if first["least_p"] >= numbers["alpha"] else ""
+    few = (
+        f" With {draws} draws no two-sided p is below {first['least_p']:.3f}: draw more."
+        if first["least_p"] >= numbers["alpha"]
+        else ""
+    )
     return f"{said[0].upper()}{said[1:]}: {shown}.{few} One seed: how another training would come out is not measured."
 
 
@@ -112,4 +145,3 @@ def _times(against: Mapping[str, Any]) -> str:
     if against["p_equivalence"] is not None:
         parts.append(f"equivalence p = {against['p_equivalence']:.3f}")
     return f"{against['ratio']:.3f} times theirs ({', '.join(parts)})"
-
