@@ -57,7 +57,7 @@ MUTANTS = [
         "tests/safety/test_scores.py",
     ),
     mutant(
-        "positions of the loss off by one", "train/loop.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
+        "positions of the loss off by one", "train/loss.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
         "tests/train/test_loop.py",
     ),
     mutant("mask of the delta inverted", "deltas/masks.py", "delta.keep = ~mask", "delta.keep = mask", "tests/deltas/test_masks.py"),
@@ -84,11 +84,11 @@ MUTANTS = [
     ),
     mutant(
         "RNG not restored on resume", "train/loop.py", 'rng.restore(mine, found.state["rng"][rank])', "_ = mine",
-        "tests/train/test_resume.py",
+        "tests/train/test_resume.py::test_interrupted_and_continued_is_bitwise_the_same",
     ),
     mutant(
         "measuring draws from the run's generators", "train/rng.py", "        restore(*state)", "        pass",
-        "tests/train/test_resume.py",
+        "tests/train/test_resume.py::test_measuring_changes_nothing",
     ),
     mutant(
         "drift without the change of the base", "measure/drift.py", "change = change + shift.flatten().index_select(0, index)", "pass",
