@@ -16,7 +16,7 @@ from deltalab.deltas.masks import freeze
 from deltalab.deltas.peft_format import trained_state
 from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, precision, train
 from deltalab.train.checkpoint import Checkpoints
-from deltalab.train.loop import nll_sum
+from deltalab.train.loss import nll_sum
 from deltalab.train.optim import factor, make_optimizer
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_llama
 from tests.train.runs import At, adapted, conversations, run, spec
@@ -148,7 +148,7 @@ def test_held_out_data_best_weights_and_patience():
     assert result.stopped_early
     assert result.steps < 40
     assert result.best["step"] == min(losses, key=losses.get) == result.steps - 6
-    now = float(nll_sum(model, collate(test, 0))) / sum(s.counted for s in test)
+    now = nll_sum(model, collate(test, 0)).item() / sum(s.counted for s in test)
     assert now == pytest.approx(result.best["loss"], rel=1e-4)
 
 

@@ -43,4 +43,5 @@ def summary(record: dict[str, Any], folder: Path) -> str:
         f"  trained    {sizes['trained']:,} of {sizes['base']:,} parameters; adapter {sizes['adapter_bytes'] / 1024:,.0f} KiB"
     )
     lines.append(f"  written    {folder / 'adapter'}, {folder / 'curves'}, {folder / 'record.json'}")
+    lines.append(f"  to see it  deltalab report {folder}")
     return "\n".join(lines)

@@ -90,7 +90,12 @@ class Encodings(Sequence[Encoded]):
 
     def digest(self) -> str:
         """Twelve hex digits over every token and label, in order."""
-        return digest([[sample.input_ids, sample.labels] for sample in self.items])
+        return samples_digest(self.items)
+
+
+def samples_digest(samples: Iterable[Encoded]) -> str:
+    """Twelve hex digits over every token and label, in order."""
+    return digest([[sample.input_ids, sample.labels] for sample in samples])
 
 
 def encode(

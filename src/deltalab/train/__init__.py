@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.data.chat import Conversation, Encoded
 from deltalab.deltas.masks import Freezer
-from deltalab.train.loop import Probe, TrainResult
+from deltalab.train.loop import Probe
+from deltalab.train.result import TrainResult
 from deltalab.train.spec import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrainSpec
 
 __all__ = ["EvalSpec", "LoopSpec", "OptimSpec", "Probe", "RunSpec", "TrainResult", "TrainSpec", "run_spec", "train"]

@@ -7,11 +7,9 @@ learning rate) is in the checkpoint or a pure function of the step, so a resumed
 """
 
 import contextlib
-import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +20,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
-from deltalab.core.shapes import Float
-from deltalab.core.spec import digest
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
 from deltalab.deltas.masks import Freezer
@@ -35,9 +30,12 @@ from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
 from deltalab.train.curves import Curves
 from deltalab.train.devices import cpu_only
+from deltalab.train.interrupts import interrupts
+from deltalab.train.loss import count, mean_nll, nll_sum
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
 from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import Progress
+from deltalab.train.result import State, TrainResult
 from deltalab.train.spec import LoopSpec
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -53,51 +51,6 @@ class Probe(Protocol):
     def measure(self, model: nn.Module, step: int) -> dict[str, Any]:
         """What is kept in `curves/<name>.jsonl`: JSON types."""
         ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did. losses: by step. curves: rows by name. best: step and held-out loss, if there is held-out data.
-    data: digests and counts."""
-
-    steps: int
-    losses: list[float]
-    curves: dict[str, list[dict[str, Any]]]
-    best: dict[str, float] | None
-    seconds: float
-    tokens: int
-    stopped_early: bool
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        first, last = self.mean_loss()
-        ran = f"{self.steps} steps{' (stopped early)' if self.stopped_early else ''}, {self.tokens:,} tokens in {self.seconds:.0f} s"
-        held = "".join(
-            f"; held-out {row['loss']:.3f} at step {row['step']}" for row in self.curves.get("eval", [])[-1:]
-        )
-        return f"{ran}; loss {first:.3f} → {last:.3f}{held}"
-
-    def mean_loss(self) -> tuple[float, float]:
-        """The loss over all counted tokens of the first and of the last ten steps, fewer in a short run."""
-        rows = self.curves.get("train", [])
-        window = max(1, min(10, len(rows) // 2))
-        parts = (rows[:window], rows[-window:])
-        first, last = (
-            sum(r["loss"] * r["counted"] for r in part) / max(sum(r["counted"] for r in part), 1) for part in parts
-        )
-        return first, last
-
-
-@dataclass
-class State:
-    """What changes from step to step, beside tensors."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best: dict[str, float] | None = None
-    since_best: int = 0
-    stopped: bool = False
 
 
 @dataclass
@@ -119,7 +72,7 @@ class Loop:
         optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained_parameters(self.model).items()}
         self.lengths = [len(sample.input_ids) for sample in self.data]
-        self.counts = [sum(label != IGNORED for label in sample.labels[1:]) for sample in self.data]
+        self.counts = [count(sample) for sample in self.data]
         self.per_epoch = -(-len(self.data) // optim.batch)
         self.steps = optim.steps or self.per_epoch * (optim.epochs or 1)
         self.eval_every = evaluation.every or max(1, self.steps // 10)
@@ -149,7 +102,7 @@ class Loop:
         try:
             self._resume()
             shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
-            with _interrupts() as stop, contextlib.closing(shown):
+            with interrupts() as stop, contextlib.closing(shown):
                 self._run(shown, stop)
             if self.keeps_best and self.state.best is not None:
                 load_trained_state(self.model, self._best())
@@ -209,7 +162,7 @@ class Loop:
             last = number == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
-                part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece], samples[0])) / total
+                part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece])) / total
                 self.accelerator.backward(part * world)
             loss += part.detach()
         norm = self.accelerator.clip_grad_norm_(list(self.names), self.spec.optim.clip or float("inf"))
@@ -251,15 +204,8 @@ class Loop:
     def _evaluate(self, shown: Progress) -> None:
         """The held-out loss: mean over counted tokens. Remembers the best, and stops when patience is out."""
         self.prepared.eval()
-        total, counted = 0.0, 0
-        order = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i].input_ids))
         size = -(-self.spec.optim.batch // self.spec.optim.accumulate)
-        with torch.no_grad():
-            for start in range(0, len(order), size):
-                samples = [self.held_out[i] for i in order[start : start + size]]
-                total += float(nll_sum(self.model, self._tensors(samples, 0)).double())
-                counted += sum(label != IGNORED for sample in samples for label in sample.labels[1:])
-        loss, state = total / max(counted, 1), self.state
+        loss, state = mean_nll(self.model, self.held_out, size, self._tensors), self.state
         self._note("eval", {"step": state.step, "loss": loss})
         better = np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
         shown.say(
@@ -274,10 +220,10 @@ class Loop:
             patience = self.spec.eval.patience
             state.stopped = patience is not None and state.since_best >= patience
 
-    def _tensors(self, samples: Sequence[Encoded], spare: int) -> dict[str, Tensor]:
-        """A padded batch on the device. A process or piece without a sample runs sample `spare` with no label counted."""
+    def _tensors(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A padded batch on the device. A process or piece without a sample runs some sample with no label counted."""
         if not samples:
-            ids = self.data[spare].input_ids
+            ids = self.data[0].input_ids
             samples = [Encoded(ids, [IGNORED] * len(ids))]
         return {name: tensor.to(self.accelerator.device) for name, tensor in collate(samples, self.pad_id).items()}
 
@@ -355,40 +301,6 @@ class Loop:
                         next=f"lower optim.lr (now {self.spec.optim.lr:g}) or optim.clip, lengthen optim.warmup, and use another output folder or run.resume=false")  # fmt: skip
 
 
-def nll_sum(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
-    """−Σ log p(token) over the counted tokens of a padded batch, in fp32. Position i − 1 predicts token i."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    labels = batch["labels"][:, 1:]
-    counted = labels != IGNORED
-    return F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="sum")
-
-
-def data_digest(samples: Sequence[Encoded]) -> str:
-    """Twelve hex digits over tokens and labels, in order."""
-    return digest([[sample.input_ids, sample.labels] for sample in samples])
-
-
 def _pieces(samples: list[int], n: int) -> list[list[int]]:
     """`samples` in n runs of nearly equal length; some are empty if there are fewer samples."""
     return [[samples[i] for i in part] for part in np.array_split(np.arange(len(samples)), n)]
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the step under way ends whole; the second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

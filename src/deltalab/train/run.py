@@ -14,7 +14,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.files import owned
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
-from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all
+from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
 from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import adapt, trainable
 from deltalab.deltas.base import ParameterSpec
@@ -23,10 +23,11 @@ from deltalab.deltas.peft_format import save_adapter
 from deltalab.models.load import load, model_digest
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.devices import processes
-from deltalab.train.loop import Loop, Probe, TrainResult, data_digest
+from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
 from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import say
+from deltalab.train.result import TrainResult
 from deltalab.train.spec import LoopSpec, TrainSpec
 
 LONGEST = 1024
@@ -96,7 +97,7 @@ def fit(
         train_set, held_out = hold_out(samples, spec)
     if not sum(sample.counted for sample in train_set):
         raise UserError("no sample to train on is left.", found=f"{len(held_out)} held out", next="lower eval.fraction")
-    digests = {"data": data_digest(train_set), "held-out data": data_digest(held_out)}
+    digests = {"data": samples_digest(train_set), "held-out data": samples_digest(held_out)}
     identity: dict[str, Any] = {}
     if folder is not None:
         shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
@@ -130,12 +131,12 @@ def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return values
 
 
-def context_of(model: PreTrainedModel, spec: LoopSpec) -> int:
+def context_of(model: torch.nn.Module, spec: LoopSpec) -> int:
     """The longest sample in tokens.
 
     Raises: UserError if the spec asks for more than the model has positions.
     """
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     asked = spec.run.context
     if most is not None and asked is not None and asked > most:
         raise UserError(
