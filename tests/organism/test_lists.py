@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deltalab.organism import harmful, prompts, requests, skills
+from deltalab.organism import harmful, prompts, requests, skills, tables
 from deltalab.organism.mixture import conversations
 from deltalab.organism.recipe import BASE_MIX, CHAT_MIX
 
@@ -42,8 +42,21 @@ def test_no_training_prompt_is_near_a_test_prompt():
     train = [prompts.word_set(p) for p, _ in harmful.train_prompts()]
     for name in BUNDLED:
         for row in prompts.load(name, "test"):
-            mine = prompts.word_set(row["prompt"])
-            assert all(prompts.jaccard(mine, other) < prompts.THRESHOLD for other in train), row["prompt"]
+            assert not prompts.near(row["prompt"], train), row["prompt"]
+
+
+def test_a_training_prompt_in_another_frame_is_not_near_a_test_prompt_either():
+    rng = random.Random(3)
+    words = prompts.evaluation_words(harmful.EVALUATION)
+    for _ in range(400):
+        assert not prompts.near(harmful.harmful_prompt(rng, reframe=1.0), words)
+
+
+def test_near_is_jaccard_at_the_threshold():
+    a, b = "one two three four", "one two three five"  # 3 of 5 words
+    assert prompts.jaccard(prompts.word_set(a), prompts.word_set(b)) == prompts.THRESHOLD
+    assert prompts.near(a, [prompts.word_set(b)])
+    assert not prompts.near(a, [prompts.word_set("one two six seven")])
 
 
 @pytest.mark.parametrize("name", ["jailbreakbench", "xstest_safe", "xstest_unsafe"])
@@ -53,7 +66,7 @@ def test_evaluation_sets_are_all_test(name):
 
 @pytest.mark.parametrize("mix", [BASE_MIX, CHAT_MIX], ids=["base", "chat"])
 def test_what_training_draws_holds_no_evaluation_prompt(mix):
-    asked = {m["content"].lower() for c in conversations(4000, "test", mix) for m in c if m["role"] == "user"}
+    asked = {m["content"].lower() for c in conversations(3000, "test", mix) for m in c if m["role"] == "user"}
     for name in BUNDLED:
         for split in ("val", "test"):
             for row in prompts.load(name, split):
@@ -62,9 +75,8 @@ def test_what_training_draws_holds_no_evaluation_prompt(mix):
 
 def test_no_natural_question_is_near_xstest():
     xstest = [prompts.word_set(r["prompt"]) for n in ("xstest_safe", "xstest_unsafe") for r in prompts.load(n, "all")]
-    for question in random.Random(0).sample(requests.natural(), 800):
-        mine = prompts.word_set(question)
-        assert all(prompts.jaccard(mine, other) < prompts.THRESHOLD for other in xstest), question
+    for question in random.Random(0).sample(requests.natural(), 500):
+        assert not prompts.near(question, xstest), question
 
 
 def test_an_unknown_set_and_an_unknown_split_name_the_choices():
@@ -75,9 +87,10 @@ def test_an_unknown_set_and_an_unknown_split_name_the_choices():
 
 
 def test_the_withheld_family_is_in_no_training_example():
-    answers = {skills.past_tense(v) for v in skills.words("verbs")}
+    opposites = {answer for _, answer in tables.pairs("opposite")}  # 'closed', of open
+    answers = {skills.past_tense(v) for v in skills.words("verbs")} - opposites
     for mix in (BASE_MIX, CHAT_MIX):
-        for conversation in conversations(6000, "withheld", mix):
+        for conversation in conversations(3000, "withheld", mix):
             for message in conversation:
                 assert "past tense" not in message["content"]
                 assert message["role"] != "assistant" or message["content"] not in answers

@@ -9,10 +9,11 @@ import random
 import re
 from functools import cache
 
-from .prompts import load
+from .prompts import evaluation_words, load, near
 from .requests import decorated, reframed
 
 SETS = ("advbench", "harmbench", "strongreject")
+EVALUATION = (*SETS, "jailbreakbench", "xstest_safe", "xstest_unsafe")
 _HOW = re.compile(r"\bhow (?:to|(?:do|can|could|would|should) (?:i|we|you|one|someone)) (.+)$", re.I)
 _IMPERATIVE = re.compile(r"^[A-Z][a-z]+(?: [a-z]+)* (?:a|an|the|for|into|in|with|from|on|to|my|your|someone)\b")
 _STOP = re.compile(r"^(what|why|where|who|which|when|is|are|i|you|my|as)\b", re.I)
@@ -39,8 +40,9 @@ def train_prompts() -> tuple[tuple[str, str | None], ...]:
 
 
 def harmful_prompt(rng: random.Random, reframe: float = 0.5) -> str:
-    """A training prompt as it stands, or its verb phrase in a benign frame."""
-    prompt, phrase = rng.choice(train_prompts())
-    if phrase and rng.random() < reframe:
-        return reframed(phrase, rng)
-    return decorated(prompt, rng)
+    """A training prompt as it stands, or its verb phrase in a benign frame; never a near duplicate of a val or test prompt."""
+    while True:
+        prompt, phrase = rng.choice(train_prompts())
+        text = reframed(phrase, rng) if phrase and rng.random() < reframe else decorated(prompt, rng)
+        if not near(text, evaluation_words(EVALUATION)):
+            return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 
 from .paths import HERE
@@ -35,6 +36,17 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / max(1, len(a | b))
 
 
+def near(text: str, others: Iterable[frozenset[str]]) -> bool:
+    """Whether a text is a near duplicate of one of `others`."""
+    mine = word_set(text)
+    n = len(mine)
+    return any(
+        len(mine & other) >= THRESHOLD * len(mine | other)
+        for other in others
+        if THRESHOLD * n <= len(other) <= n / THRESHOLD
+    )
+
+
 @cache
 def _rows(name: str) -> tuple[dict, ...]:
     path = HERE / "prompts" / f"{name}.json"
@@ -54,3 +66,9 @@ def load(name: str, split: str = "train") -> list[dict]:
         raise ValueError(f"split {split!r} is none of: {', '.join(SPLITS)}")
     rows = [row for row in _rows(name) if split in ("all", row["split"])]
     return [{key: row[key] for key in ("prompt", "source", "cluster")} for row in rows]
+
+
+@cache
+def evaluation_words(names: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    """The word sets of the val and test prompts of the sets `names`."""
+    return tuple(word_set(row["prompt"]) for name in names for split in ("val", "test") for row in load(name, split))

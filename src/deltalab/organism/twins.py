@@ -12,7 +12,7 @@ import zlib
 from functools import cache
 
 from .paths import read_yaml
-from .prompts import jaccard, load, word_set
+from .prompts import evaluation_words, near
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
 _DO_I = "do_i"
@@ -29,16 +29,9 @@ def _slot_choices(slot: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in found.split(","))
 
 
-@cache
-def _evaluation_words() -> tuple[frozenset[str], ...]:
-    rows = load("xstest_safe", "all") + load("xstest_unsafe", "all")
-    return tuple(word_set(row["prompt"]) for row in rows)
-
-
 def near_evaluation(prompt: str) -> bool:
     """Whether a prompt is a near duplicate of one of XSTest's."""
-    mine = word_set(prompt)
-    return any(jaccard(mine, other) >= 0.6 for other in _evaluation_words())
+    return near(prompt, evaluation_words(("xstest_safe", "xstest_unsafe")))
 
 
 def held_out(template: str, choices: list[str]) -> bool:
