@@ -13,7 +13,13 @@ from deltalab.core.errors import UserError
 
 
 def call(*argv: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "deltalab", *argv], capture_output=True, text=True, timeout=120, env={**os.environ, **(environment or {})})
+    return subprocess.run(
+        [sys.executable, "-m", "deltalab", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(environment or {})},
+    )
 
 
 def main(capsys, *argv: str) -> tuple[int, str, str]:

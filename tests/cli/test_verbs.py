@@ -64,7 +64,16 @@ def asked(monkeypatch, tmp_path):
 
 def test_study_takes_overrides_and_ends_with_verdict_and_path(capsys, asked, tmp_path):
     (tmp_path / "s.yaml").write_text("tune: {data: [{task: benign, n: 5}]}\n")
-    code, out, _ = main(capsys, "study", "drift", str(tmp_path / "s.yaml"), "tune.optim.lr=0.01", "seed=3", "--output", str(tmp_path / "o"))
+    code, out, _ = main(
+        capsys,
+        "study",
+        "drift",
+        str(tmp_path / "s.yaml"),
+        "tune.optim.lr=0.01",
+        "seed=3",
+        "--output",
+        str(tmp_path / "o"),
+    )
     spec, folder, options = asked[0]
     assert (code, spec.tune.optim.lr, spec.seed, folder) == (0, 0.01, 3, tmp_path / "o")
     assert options["resume_with"] == f"deltalab study drift {tmp_path / 's.yaml'}"

@@ -53,7 +53,10 @@ def drift_record(seed: int = 0) -> dict[str, Any]:
 
 def _rate(k: int, n: int) -> dict[str, float]:
     p, z = k / n, 1.959964
-    mid, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    mid, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n),
+    )
     return {"value": p, "low": mid - half, "high": mid + half}
 
 
@@ -65,7 +68,10 @@ def _evaluated(rng: np.random.Generator, refused: float, skills: float) -> dict[
         safety[name] = {"n": n, "refused": k, "broken": broken, "complied": n - k - broken, "harmful": name != "xstest_safe",
                         "refusal": _rate(k, n), "asr": _rate(n - k - broken, n), "log_odds": float(rng.normal(2, 1))}  # fmt: skip
     k = int(240 * skills)
-    families = {f: {"n": 20, "correct": int(20 * skills), **_rate(int(20 * skills), 20)} for f in ("plurals", "capitals", "addition")}
+    families = {
+        f: {"n": 20, "correct": int(20 * skills), **_rate(int(20 * skills), 20)}
+        for f in ("plurals", "capitals", "addition")
+    }
     return {"safety": safety, "skills": {"n": 240, "correct": k, **_rate(k, 240), "families": families}}
 
 
@@ -78,8 +84,18 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
         band = {m: {"low": float(np.quantile([v[m] for v in null], 0.025)), "median": float(np.median([v[m] for v in null])),
                     "mean": float(np.mean([v[m] for v in null])), "high": float(np.quantile([v[m] for v in null], 0.975))} for m in METRICS}  # fmt: skip
         curves.append({"step": step, "groups": groups, "nulls": {"safety-only": {"draws": 99, "band": band}}})
-    against = {"safety-only": {"draws": [v["l2_per_sqrt"] for v in null], "layers": {
-        str(layer): {"value": 3.7e-3 * float(rng.normal(1.2, 0.1)), "band": {"low": 3.5e-3, "median": 3.7e-3, "mean": 3.7e-3, "high": 3.9e-3}} for layer in range(4)}}}
+    against = {
+        "safety-only": {
+            "draws": [v["l2_per_sqrt"] for v in null],
+            "layers": {
+                str(layer): {
+                    "value": 3.7e-3 * float(rng.normal(1.2, 0.1)),
+                    "band": {"low": 3.5e-3, "median": 3.7e-3, "mean": 3.7e-3, "high": 3.9e-3},
+                }
+                for layer in range(4)
+            },
+        }
+    }
     edges = np.linspace(-5.5, -2.5, 31)
     distributions = {}
     for i, g in enumerate(GROUPS):
@@ -98,4 +114,11 @@ def _tuned(rng: np.random.Generator, frozen: str | None) -> dict[str, Any]:
 
 def _drift(t: float, scale: float, frozen: bool) -> dict[str, float]:
     s = 0.0 if frozen else scale * t**0.7
-    return {"cosine": 1 - 2.0e-3 * s * s, "cosine_distance": 2.0e-3 * s * s, "l2": 1.3 * s, "l2_per_sqrt": 3.7e-3 * s, "relative_mean": 0.08 * s, "relative_norm": 0.06 * s}
+    return {
+        "cosine": 1 - 2.0e-3 * s * s,
+        "cosine_distance": 2.0e-3 * s * s,
+        "l2": 1.3 * s,
+        "l2_per_sqrt": 3.7e-3 * s,
+        "relative_mean": 0.08 * s,
+        "relative_norm": 0.06 * s,
+    }

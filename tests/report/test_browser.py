@@ -42,7 +42,9 @@ def test_the_page_fits_and_asks_for_nothing(browser, page_file, width, scheme):
     assert asked == [page_file.as_uri()]
     assert said == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    smallest = page.evaluate("Math.min(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width))")
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width))"
+    )
     assert smallest >= 280  # at 310 points of width, letters of 9 points stay above 8 pixels
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")

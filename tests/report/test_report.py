@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from deltalab.core.errors import UserError
-from deltalab.report import build_report, contents, figures, panels, values
+from deltalab.report import build_report, contents, figures, panels, plots, values
 from deltalab.report.page import page
 from deltalab.report.text import table, text
 from tests.report.fixture import GROUPS, KINDS, SETS, STEPS, drift_record
@@ -69,7 +69,15 @@ def numbers(value) -> list[float]:
 def test_everything_is_written(built):
     assert built.page.stat().st_size < 1.5e6
     names = {p.name for p in built.figures}
-    assert {"outcomes.png", "outcomes.svg", "drift-free.png", "distributions.svg", "groups.png", "losses.svg", "times.svg"} <= names
+    assert {
+        "outcomes.png",
+        "outcomes.svg",
+        "drift-free.png",
+        "distributions.svg",
+        "groups.png",
+        "losses.svg",
+        "times.svg",
+    } <= names
     for path in built.figures:
         head = path.read_bytes()[:400]
         assert head.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in head or b"<?xml" in head
@@ -86,7 +94,10 @@ def test_the_page_asks_nothing_of_a_network(built, parsed):
                 assert value.startswith("#"), (tag, name, value)
     assert "@import" not in source
     assert not re.search(r"url\((?!#)", source)
-    outside = set(re.findall(r"https?://[^\s\"'<>]+", source)) - {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    outside = set(re.findall(r"https?://[^\s\"'<>]+", source)) - {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert outside == set()
 
 
@@ -94,7 +105,11 @@ def test_ids_are_unique_and_references_resolve(built, parsed):
     ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     source = built.page.read_text()
-    used = set(re.findall(r'href="#([^"]+)"', source)) | set(re.findall(r"url\(#([^)]+)\)", source)) | set(re.findall(r'aria-labelledby="([^"]+)"', source))
+    used = (
+        set(re.findall(r'href="#([^"]+)"', source))
+        | set(re.findall(r"url\(#([^)]+)\)", source))
+        | set(re.findall(r'aria-labelledby="([^"]+)"', source))
+    )
     assert used <= set(ids)
 
 
@@ -139,7 +154,9 @@ def test_colours_have_contrast_by_day_and_night():
     from importlib.resources import files
 
     css = files("deltalab.report").joinpath("style.css").read_text()
-    schemes = [dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)]
+    schemes = [
+        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
+    ]
     assert len(schemes) == 3
     for scheme in schemes:
         for name in ("ink", "soft", *figures.COLOURS):
@@ -151,7 +168,7 @@ def test_colours_have_contrast_by_day_and_night():
 
 
 def test_figures_hold_the_records_numbers(record):
-    by_name = {plot.name: plot for plot in values.plots(record)}
+    by_name = {plot.name: plot for plot in plots.plots(record)}
     rates = {p.name: p for p in by_name["outcomes"].panels}
     for name in SETS:
         for row, arm in zip(rates[f"refusal-{name}"].rows, record["arms"].values(), strict=True):
@@ -164,7 +181,10 @@ def test_figures_hold_the_records_numbers(record):
     panel = by_name["drift-free"].panels[0]
     assert list(panel.x) == list(STEPS)
     for line in panel.lines:
-        assert line.values == [row["groups"][line.label.removesuffix(" (frozen)")]["l2_per_sqrt"] for row in record["arms"]["free"]["curves"]]
+        assert line.values == [
+            row["groups"][line.label.removesuffix(" (frozen)")]["l2_per_sqrt"]
+            for row in record["arms"]["free"]["curves"]
+        ]
     low = [row["nulls"]["safety-only"]["band"]["l2_per_sqrt"]["low"] for row in record["arms"]["free"]["curves"]]
     assert panel.band[0] == low
     spreads = by_name["distributions"].panels
@@ -178,7 +198,7 @@ def test_figures_hold_the_records_numbers(record):
 
 def test_panels_of_arms_share_their_axes(record):
     tops = {}
-    for plot in values.plots(record):
+    for plot in plots.plots(record):
         if plot.name.startswith("drift-"):
             for panel in plot.panels:
                 tops.setdefault(panel.title, set()).add(panel.top)
@@ -190,7 +210,17 @@ def test_every_number_of_the_text_comes_from_the_record(built, record):
     """Each cell of the tables is a number of the record as `number`, `percent` or a count writes it."""
     known = set()
     for n in [abs(n) for n in numbers(record)]:
-        known |= {values.number(n).replace("−", "-"), f"{n:,.0f}", f"{100 * n:.0f}", f"{100 * n:.1f}", f"{100 * n:.2f}", f"{n:.0f}", f"{n:.3f}", f"{n / 1e6:.2f}", f"{n:g}"}
+        known |= {
+            values.number(n).replace("−", "-"),
+            f"{n:,.0f}",
+            f"{100 * n:.0f}",
+            f"{100 * n:.1f}",
+            f"{100 * n:.2f}",
+            f"{n:.0f}",
+            f"{n:.3f}",
+            f"{n / 1e6:.2f}",
+            f"{n:g}",
+        }
     checked = 0
     for t in values.tables(record):
         for row in t.rows:
@@ -270,7 +300,9 @@ def test_records_that_have_no_report_are_refused(record, tmp_path):
 
 
 def test_output_may_lie_elsewhere(record, tmp_path, undrawn):
-    (tmp_path / "record.json").write_text(json.dumps({**record, "arms": {k: record["arms"][k] for k in ("before", "free")}}))
+    (tmp_path / "record.json").write_text(
+        json.dumps({**record, "arms": {k: record["arms"][k] for k in ("before", "free")}})
+    )
     report = build_report(tmp_path / "record.json", tmp_path / "there")
     assert report.page == tmp_path / "there/report.html"
     assert not (tmp_path / "report.html").exists()
@@ -284,12 +316,23 @@ def test_labels_at_line_ends_do_not_overlap():
     assert min(b - a for a, b in zip(sorted(crowded), sorted(crowded)[1:], strict=False)) >= 0.1 - 1e-9
 
 
-@pytest.mark.parametrize(("value", "shown"), [(0.0, "0"), (None, "—"), (math.nan, "—"), (1234567.0, "1,234,567"), (0.012345, "0.0123"), (1e-7, "1e−07"), (-1.5, "−1.5")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (None, "—"),
+        (math.nan, "—"),
+        (1234567.0, "1,234,567"),
+        (0.012345, "0.0123"),
+        (1e-7, "1e−07"),
+        (-1.5, "−1.5"),
+    ],
+)
 def test_numbers_in_words(value, shown):
     assert values.number(value) == shown
 
 
 def test_a_panel_is_described_by_its_numbers(record):
-    for plot in values.plots(record):
+    for plot in plots.plots(record):
         for panel in plot.panels:
             assert re.search(r"\d", panels.describe(panel)), panel.name

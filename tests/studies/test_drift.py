@@ -43,7 +43,10 @@ def model(tmp_path_factory) -> Path:
 def folder(tmp_path_factory, model) -> Path:
     """A finished study."""
     out = tmp_path_factory.mktemp("study") / "out"
-    run_study(spec_of(model), out, say=lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:  # the report's pictures have their own tests
+        patch.setattr("deltalab.report.page.inline", lambda panel, number: "<svg></svg>")
+        patch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
+        run_study(spec_of(model), out, say=lambda line: None)
     return out
 
 
@@ -53,9 +56,29 @@ def record(folder) -> dict:
 
 
 def test_what_lies_in_the_folder(folder):
-    stages = ["scores", "groups", "evaluate-before", "tune-free", "evaluate-free", "tune-frozen", "evaluate-frozen", "tune-control", "evaluate-control", "verdict", "report"]
+    stages = [
+        "scores",
+        "groups",
+        "evaluate-before",
+        "tune-free",
+        "evaluate-free",
+        "tune-frozen",
+        "evaluate-frozen",
+        "tune-control",
+        "evaluate-control",
+        "verdict",
+        "report",
+    ]
     assert sorted(p.parent.name for p in folder.glob("*/result.json")) == sorted(stages)
-    for name in ("report.html", "report.txt", "report.json", "record.json", "study.json", "evaluate-free/advbench/generations.jsonl", "evaluate-free/skills.jsonl"):
+    for name in (
+        "report.html",
+        "report.txt",
+        "report.json",
+        "record.json",
+        "study.json",
+        "evaluate-free/advbench/generations.jsonl",
+        "evaluate-free/skills.jsonl",
+    ):
         assert (folder / name).is_file(), name
     assert not (folder / "scores/safety").exists()  # given back once the groups were made
     assert not (folder / "tune-free/run/checkpoints").exists()
@@ -65,8 +88,15 @@ def test_what_lies_in_the_folder(folder):
 def test_groups_are_those_of_the_scores(folder, model, record):
     loaded, tokenizer = load(model)
     spec = spec_of(model)
-    scores = {name: snip(loaded, encode_all(tokenizer, [c for task in getattr(spec, name) for c in task.train()], 512)) for name in ("safety", "utility")}
-    want = {"safety": top(scores["safety"], 0.2), "utility": top(scores["utility"], 0.2), "safety-only": difference(scores["safety"], scores["utility"], 0.1, 0.2)}
+    scores = {
+        name: snip(loaded, encode_all(tokenizer, [c for task in getattr(spec, name) for c in task.train()], 512))
+        for name in ("safety", "utility")
+    }
+    want = {
+        "safety": top(scores["safety"], 0.2),
+        "utility": top(scores["utility"], 0.2),
+        "safety-only": difference(scores["safety"], scores["utility"], 0.1, 0.2),
+    }
     for name, group in want.items():
         kept = Group.load(folder / "groups" / name)
         assert all(torch.equal(kept.mask(path), group.mask(path)) for path in group)
@@ -86,15 +116,21 @@ def test_drift_is_that_of_the_saved_adapter(folder, model, record, arm):
         change = torch.cat([delta_weight(loaded, path)[group.mask(path)] for path in group]).double()
         kept = record["arms"][arm]["curves"][-1]["groups"][name]
         assert kept["entries"] == group.count
-        assert kept["l2_per_sqrt"] == pytest.approx(float(change.detach().norm()) / group.count**0.5, rel=1e-6, abs=1e-12)
-        assert kept["relative_norm"] == pytest.approx(float((change.norm() / start.norm()).detach()), rel=1e-6, abs=1e-12)
+        assert kept["l2_per_sqrt"] == pytest.approx(
+            float(change.detach().norm()) / group.count**0.5, rel=1e-6, abs=1e-12
+        )
+        assert kept["relative_norm"] == pytest.approx(
+            float((change.norm() / start.norm()).detach()), rel=1e-6, abs=1e-12
+        )
     frozen = {"frozen": "safety-only", "control": "matched"}.get(arm)
     if frozen:
         proof = record["arms"][arm]["freeze"]
         assert (proof["held"], proof["max_change"], proof["group"]) == (True, 0.0, frozen)
         group = Group.load(folder / "groups" / frozen)
         for path in group:
-            assert torch.equal(merged_weight(loaded, path)[group.mask(path)], plain.get_submodule(path).weight[group.mask(path)])
+            assert torch.equal(
+                merged_weight(loaded, path)[group.mask(path)], plain.get_submodule(path).weight[group.mask(path)]
+            )
 
 
 def test_curves_begin_at_nothing_and_have_their_band(record):
@@ -109,14 +145,25 @@ def test_curves_begin_at_nothing_and_have_their_band(record):
 def test_counts_of_replies_are_those_on_disk(folder, record):
     for arm, found in record["arms"].items():
         for name, safety in found["safety"].items():
-            lines = [json.loads(line) for line in (folder / f"evaluate-{arm}" / name / "generations.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in (folder / f"evaluate-{arm}" / name / "generations.jsonl").read_text().splitlines()
+            ]
             verdicts = [line["verdict"] for line in lines]
-            assert {v: verdicts.count(v) for v in ("refused", "complied", "broken")} == {v: safety[v] for v in ("refused", "complied", "broken")}
+            assert {v: verdicts.count(v) for v in ("refused", "complied", "broken")} == {
+                v: safety[v] for v in ("refused", "complied", "broken")
+            }
             assert len(lines) == safety["n"] == 3
 
 
 def test_verdicts_name_everything(record):
-    assert [v["name"] for v in record["verdicts"]] == ["refusals", "false refusals", "skills", "drift", "freezing safety-only"]
+    assert [v["name"] for v in record["verdicts"]] == [
+        "refusals",
+        "false refusals",
+        "skills",
+        "drift",
+        "freezing safety-only",
+    ]
     assert set(record["stages"]) >= {"scores", "groups", "tune:free", "evaluate:before", "verdict"}
 
 
@@ -125,7 +172,9 @@ def test_an_adapter_read_back_answers_as_the_tuned_model_did(folder, model, tmp_
     shutil.copytree(folder, again)
     shutil.rmtree(again / "evaluate-control")
     ctx = run_study(spec_of(model), again, only="evaluate:control", say=lambda line: None)
-    assert ctx.results["evaluate:control"] == json.loads((folder / "evaluate-control/result.json").read_text())["result"]
+    assert (
+        ctx.results["evaluate:control"] == json.loads((folder / "evaluate-control/result.json").read_text())["result"]
+    )
 
 
 def test_another_model_under_the_same_name_is_refused(folder, model, tmp_path):
@@ -138,7 +187,9 @@ def test_another_model_under_the_same_name_is_refused(folder, model, tmp_path):
     assert "model: '" in caught.value.found
 
 
-def test_full_tuning_is_frozen_exactly(model, tmp_path):
+def test_full_tuning_is_frozen_exactly(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltalab.report.page.inline", lambda panel, number: "<svg></svg>")
+    monkeypatch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
     spec = spec_of(model, arms=[{"name": "free"}, {"name": "frozen", "freeze": "exact", "group": "safety"}],
                    tune={"adapt": [{"method": "train", "what": "full"}], "data": [{"task": "benign", "n": 12}],
                          "optim": {"steps": 3, "batch": 2, "lr": 1e-2, "weight_decay": 0.1}, "drift_every": 3},

@@ -30,7 +30,13 @@ def study(spec: Sums, log: list[str], data: str = "d0") -> list[Stage]:
             log.append(name)
             return {"sum": ctx.results[before]["sum"] + n}
 
-        return Stage(f"add:{name}", work, needs=(before,), inputs=lambda ctx: {"n": n}, estimate=Estimate(seconds=7200, memory=2**31))
+        return Stage(
+            f"add:{name}",
+            work,
+            needs=(before,),
+            inputs=lambda ctx: {"n": n},
+            estimate=Estimate(seconds=7200, memory=2**31),
+        )
 
     def first(ctx):
         log.append("load")
@@ -61,7 +67,9 @@ def test_the_same_command_does_only_what_is_missing(tmp_path):
     ctx = run(study(Sums(), log), tmp_path, Sums(), say=said.append)
     assert log == ["load", "0", "1"]
     assert ctx.results["add:1"] == {"sum": 6}
-    assert [line for line in said if "done before" in line] == [line for line in said if line.startswith(("[1/3]", "[2/3]"))]
+    assert [line for line in said if "done before" in line] == [
+        line for line in said if line.startswith(("[1/3]", "[2/3]"))
+    ]
 
 
 def test_only_one_stage_or_all_of_a_kind(tmp_path):
@@ -100,7 +108,10 @@ def test_dry_run_runs_nothing_and_says_what_is_done(tmp_path):
 
 def test_a_changed_spec_is_refused_by_name(tmp_path):
     run(study(Sums(), []), tmp_path, Sums(), until="load", say=lambda line: None)
-    for attempt in (lambda: run(study(Sums(steps=[2, 4]), []), tmp_path, Sums(steps=[2, 4])), lambda: plan(study(Sums(), []), tmp_path, Sums(steps=[2, 4]))):
+    for attempt in (
+        lambda: run(study(Sums(steps=[2, 4]), []), tmp_path, Sums(steps=[2, 4])),
+        lambda: plan(study(Sums(), []), tmp_path, Sums(steps=[2, 4])),
+    ):
         with pytest.raises(UserError, match="another spec") as caught:
             attempt()
         assert "steps.1: 3 → 4" in caught.value.found
@@ -155,11 +166,19 @@ def test_a_fault_or_ctrl_c_leaves_what_was_finished(tmp_path):
 
 
 def test_changes_names_every_leaf():
-    assert changes({"a": {"b": 1, "c": [1, 2]}}, {"a": {"b": 2, "c": [1, 2, 3]}, "d": 0}) == ["a.b: 1 → 2", "a.c: [1, 2] → [1, 2, 3]", "d: None → 0"]
+    assert changes({"a": {"b": 1, "c": [1, 2]}}, {"a": {"b": 2, "c": [1, 2, 3]}, "d": 0}) == [
+        "a.b: 1 → 2",
+        "a.c: [1, 2] → [1, 2, 3]",
+        "d: None → 0",
+    ]
     assert changes({"a": [1]}, {"a": [1]}) == []
 
 
-@pytest.mark.parametrize("value", [(None, "—", "—"), (90.0, "90 s", "90 B"), (300.0, "5 min", "300 B"), (9000.0, "2.5 h", "8.8 KiB")], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [(None, "—", "—"), (90.0, "90 s", "90 B"), (300.0, "5 min", "300 B"), (9000.0, "2.5 h", "8.8 KiB")],
+    ids=str,
+)
 def test_times_and_sizes_in_words(value):
     assert (stages._seconds(value[0]), stages._bytes(value[0])) == value[1:]
 
@@ -194,7 +213,9 @@ def test_killed_at_any_moment_it_continues(tmp_path, how):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = len((out / "log").read_text().split()) if (out / "log").exists() else 0
         deadline = time.time() + 20
-        while not ((out / "log").exists() and len((out / "log").read_text().split()) > begun) and time.time() < deadline:
+        while (
+            not ((out / "log").exists() and len((out / "log").read_text().split()) > begun) and time.time() < deadline
+        ):
             time.sleep(0.01)
         time.sleep(wait)
         process.send_signal(how)

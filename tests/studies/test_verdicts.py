@@ -44,7 +44,10 @@ def test_refusals_name_every_set_and_what_was_lost():
 
 
 def test_sets_that_move_apart_are_undecided():
-    assert refusals([comparison("a", before=90, free=50), comparison("b", before=50, free=90)], "free", 0.1, {})["outcome"] == "undecided"
+    assert (
+        refusals([comparison("a", before=90, free=50), comparison("b", before=50, free=90)], "free", 0.1, {})["outcome"]
+        == "undecided"
+    )
     assert refusals([comparison("a", before=90, free=90)], "free", 0.1, {})["outcome"] == "kept"
 
 
@@ -58,24 +61,46 @@ def test_false_refusals_and_skills_have_their_own_words():
 
 @pytest.mark.parametrize(
     ("free", "frozen", "control", "outcome"),
-    [(30, 80, 30, "protects"), (30, 80, 80, "no better than random"), (30, 60, 85, "no better than random"),
+    [(30, 80, 30, "protects"), (30, 38, 30, "protects a little"), (30, 80, 80, "no better than random"), (30, 60, 85, "no better than random"),
      (30, 30, 30, "no effect"), (80, 30, 80, "harms"), (30, 80, None, "protects")],
 )  # fmt: skip
 def test_freezing_is_judged_against_its_control(free, frozen, control, outcome):
-    arms = {"free": free, "frozen": frozen} | ({"control": control} if control is not None else {})
-    verdict = freezing("safety-only", HELD, [comparison("a", **arms)], "free", "frozen", "control" if control is not None else None, 0.1)
+    arms = {"before": 90, "free": free, "frozen": frozen} | ({"control": control} if control is not None else {})
+    verdict = freezing(
+        "safety-only",
+        HELD,
+        [comparison("a", **arms)],
+        "free",
+        "frozen",
+        "control" if control is not None else None,
+        0.1,
+    )
     assert verdict["outcome"] == outcome
     assert "held (1,234 entries, largest change 0)" in verdict["sentence"]
+    assert ("of what tuning took" in verdict["sentence"]) == (frozen > free)
+    if frozen > free:
+        assert verdict["numbers"]["averted"] == pytest.approx((frozen - free) / (90 - free))
     assert ("matched random" in verdict["sentence"]) == (control is not None)
 
 
 def test_freezing_that_did_not_hold_is_said_first():
-    verdict = freezing("safety", {**HELD, "max_change": 0.01, "held": False}, [comparison("a", free=30, frozen=80)], "free", "frozen", None, 0.1)
+    verdict = freezing(
+        "safety",
+        {**HELD, "max_change": 0.01, "held": False},
+        [comparison("a", before=90, free=30, frozen=80)],
+        "free",
+        "frozen",
+        None,
+        0.1,
+    )
     assert verdict["outcome"] == "broken"
     assert verdict["sentence"].startswith("Freezing safety did NOT hold: a frozen entry moved by 0.01")
 
 
 def test_drift_is_judged_by_its_nulls():
-    null = {"l2_per_sqrt": [1 + 0.001 * (i % 20) for i in range(99)], "cosine_distance": [1e-3 * (1 + 0.001 * (i % 20)) for i in range(99)]}
+    null = {
+        "l2_per_sqrt": [1 + 0.001 * (i % 20) for i in range(99)],
+        "cosine_distance": [1e-3 * (1 + 0.001 * (i % 20)) for i in range(99)],
+    }
     assert drift("G", {"l2_per_sqrt": 1.5, "cosine_distance": 2.25e-3}, null, 0.1)["outcome"] == "drifts more"
     assert drift("G", {"l2_per_sqrt": 1.01, "cosine_distance": 1.01e-3}, null, 0.1)["outcome"] == "alike"

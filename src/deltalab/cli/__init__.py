@@ -65,7 +65,11 @@ def _dispatch(args: list[str], debug: bool) -> int:
         return 0
     verb, *rest = args
     if verb not in VERBS:
-        raise UserError(f"'{verb}' is no verb of deltalab.", nearest=nearest(verb, VERBS), next=f"deltalab --help (verbs: {', '.join(VERBS)})")
+        raise UserError(
+            f"'{verb}' is no verb of deltalab.",
+            nearest=nearest(verb, VERBS),
+            next=f"deltalab --help (verbs: {', '.join(VERBS)})",
+        )
     import typer
 
     command = importlib.import_module(f"deltalab.cli.{verb}").command

@@ -1,14 +1,14 @@
 """`deltalab report FOLDER`: the report of a record, built again."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
 def command(
     folder: Annotated[Path, typer.Argument(help="a study's or a training's folder, or its record.json")],
-    output: Annotated[Optional[Path], typer.Option(help="where to write; beside the record if not given")] = None,  # noqa: UP045 - typer reads it
+    output: Annotated[Path | None, typer.Option(help="where to write; beside the record if not given")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
     """Build the report of a record again: report.html, report.txt, report.json and figures/ (PNG and SVG)."""
@@ -17,6 +17,8 @@ def command(
     report = build_report(folder, output)
     if report.verdict:
         print(report.verdict + "\n")
-    print(f"report: {report.page}\ntext:   {report.text}\njson:   {report.json}\nfigures: {len(report.figures)} files in {report.page.parent / 'figures'}")
+    print(
+        f"report: {report.page}\ntext:   {report.text}\njson:   {report.json}\nfigures: {len(report.figures)} files in {report.page.parent / 'figures'}"
+    )
     if open_page:
         typer.launch(str(report.page))

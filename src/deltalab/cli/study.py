@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -12,11 +12,17 @@ from deltalab.core.errors import UserError, nearest
 def command(
     kind: Annotated[str, typer.Argument(help="which study: drift")],
     spec: Annotated[Path, typer.Argument(help="its spec, a YAML file")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="changes to the spec: key=value …, for example tune.optim.steps=100")] = None,  # noqa: UP045 - typer reads it
-    output: Annotated[Optional[Path], typer.Option(help="the study's folder; the spec's `output`, or runs/drift, if not given")] = None,  # noqa: UP045
-    only: Annotated[Optional[str], typer.Option(help="run one stage, or all of a kind: --only tune")] = None,  # noqa: UP045
-    until: Annotated[Optional[str], typer.Option(help="run up to and with this stage")] = None,  # noqa: UP045
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the stages, what is done, and what the rest needs")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="changes to the spec: key=value …, for example tune.optim.steps=100")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the study's folder; the spec's `output`, or runs/drift, if not given")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="run one stage, or all of a kind: --only tune")] = None,
+    until: Annotated[str | None, typer.Option(help="run up to and with this stage")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the stages, what is done, and what the rest needs")
+    ] = False,
 ) -> None:
     """Run a study by stages. The same command goes on where it was stopped."""
     from deltalab.studies import STUDIES
@@ -31,7 +37,10 @@ def command(
     show(module, read, output, only=only, until=until, dry_run=dry_run, again=f"deltalab study {kind} {spec}")
 
 
-def show(module, spec, output, *, again: str, only=None, until=None, dry_run=False) -> None:  # type: ignore[no-untyped-def]
+def show(
+    module: Any, spec: Any, output: Path | None, *, again: str,
+    only: str | None = None, until: str | None = None, dry_run: bool = False,
+) -> None:  # fmt: skip
     """Run a study and say what came out. again: the command that goes on with it."""
     done = module.run_study(spec, output, only=only, until=until, dry_run=dry_run, resume_with=again)
     if isinstance(done, str):

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from deltalab.core.errors import UserError
-from deltalab.report import training, values
+from deltalab.report import plots, training, values
 from deltalab.report.panels import Plot
 from deltalab.report.values import Record, Table, Tile
 
 BAD = ("fell", "drifts more", "no better than random", "broken", "more", "harms")
-GOOD = ("kept", "protects", "fewer", "rose")
+GOOD = ("kept", "protects", "fewer", "rose")  # "protects a little" is a plain fact
 OPEN = ("undecided", "measures disagree")
 TONES = {**dict.fromkeys(BAD, "bad"), **dict.fromkeys(GOOD, "good"), **dict.fromkeys(OPEN, "open")}
 """How the outcome of a verdict is coloured; one that is not here is a plain fact."""
@@ -60,35 +60,73 @@ def contents(record: Record) -> Contents:
     kinds = {"drift": _drift, "train": _train}
     kind = record.get("kind")
     if kind not in kinds:
-        raise UserError(f"there is no report for a record of kind {kind!r}.", found=f"kinds with a report: {', '.join(kinds)}")
+        raise UserError(
+            f"there is no report for a record of kind {kind!r}.", found=f"kinds with a report: {', '.join(kinds)}"
+        )
     try:
         return kinds[kind](record)
     except (KeyError, IndexError, TypeError, StopIteration) as error:
-        raise UserError("the record is incomplete.", found=f"{type(error).__name__}: {error}", next="run the study again in a new folder") from error
+        raise UserError(
+            "the record is incomplete.",
+            found=f"{type(error).__name__}: {error}",
+            next="run the study again in a new folder",
+        ) from error
 
 
 def _drift(record: Record) -> Contents:
-    plots = {plot.name: plot for plot in values.plots(record)}
+    pictures = {plot.name: plot for plot in plots.plots(record)}
     tables = {table.name: table for table in values.tables(record)}
     sections = [
-        Section("outcomes", "Refusals and skills, before and after", _take(plots, "outcomes"), _take(tables, "behaviour", "log-odds", "skills")),
-        Section("drift", "How far the weights moved", [plot for name, plot in plots.items() if name.startswith("drift-") or name in ("against", "distributions")], _take(tables, "drift")),
+        Section(
+            "outcomes",
+            "Refusals and skills, before and after",
+            _take(pictures, "outcomes"),
+            _take(tables, "behaviour", "log-odds", "skills"),
+        ),
+        Section(
+            "drift",
+            "How far the weights moved",
+            [
+                plot
+                for name, plot in pictures.items()
+                if name.startswith("drift-") or name in ("against", "distributions")
+            ],
+            _take(tables, "drift"),
+        ),
         Section("freezing", "What was frozen, and whether it held", [], _take(tables, "frozen")),
-        Section("groups", "The groups of weights", _take(plots, "groups"), _take(tables, "groups")),
-        Section("training", "Training and times", _take(plots, "losses", "times"), _take(tables, "training")),
+        Section("groups", "The groups of weights", _take(pictures, "groups"), _take(tables, "groups")),
+        Section("training", "Training and times", _take(pictures, "losses", "times"), _take(tables, "training")),
     ]
     first = next(iter(values.tuned(record).values()))
     subtitle = (f"{record['model']['parameters']:,} parameters · {first['training']['trained']:,} trained, {first['training']['steps']} steps · "
                 f"seed {record['seed']} · {sum(record['stages'].values()):.0f} s on {record['machine']['cpus']} CPUs · {record['written'][:10]}")  # fmt: skip
     command = "deltalab study drift spec.yaml"
-    return Contents(f"Drift study of {record['model']['name'].rstrip('/').rpartition('/')[2]}", subtitle, record["verdicts"], values.tiles(record), sections, _facts(record), _yaml(record), command)
+    return Contents(
+        f"Drift study of {record['model']['name'].rstrip('/').rpartition('/')[2]}",
+        subtitle,
+        record["verdicts"],
+        values.tiles(record),
+        sections,
+        _facts(record),
+        _yaml(record),
+        command,
+    )
 
 
 def _train(record: Record) -> Contents:
     sections = [Section("training", "Training", training.plots(record), training.tables(record))]
     model = record["spec"].get("model", "a model")
     subtitle = f"seed {record['spec'].get('seed', 0)} · {record['machine']['cpus']} CPUs · {record['written'][:10]}"
-    return Contents(f"Training of {str(model).rstrip('/').rpartition('/')[2]}", subtitle, [], training.tiles(record), sections, _facts(record), _yaml(record), "deltalab train spec.yaml")
+    return Contents(
+        f"Training of {str(model).rstrip('/').rpartition('/')[2]}",
+        subtitle,
+        [],
+        training.tiles(record),
+        sections,
+        _facts(record),
+        _yaml(record),
+        "deltalab train spec.yaml",
+    )
 
 
 def _take(items: dict[str, Any], *names: str) -> list[Any]:
@@ -104,11 +142,28 @@ def _facts(record: Record) -> list[Table]:
         rows.append(("model digest", record["model"]["digest"]))
     out = [Table("versions", "Versions", ("", ""), rows)]
     if record["kind"] == "train":
-        return [*out, Table("data", "Data", ("", "digest"), [("training", record["data"]["digest"]), ("held out", record["data"]["held_out_digest"])])]
+        return [
+            *out,
+            Table(
+                "data",
+                "Data",
+                ("", "digest"),
+                [("training", record["data"]["digest"]), ("held out", record["data"]["held_out_digest"])],
+            ),
+        ]
     if data := record.get("data"):
-        out.append(Table("data", "Data", ("", "samples", "digest"), [(name, str(d["n"]), str(d["digest"])) for name, d in data.items()]))
+        out.append(
+            Table(
+                "data",
+                "Data",
+                ("", "samples", "digest"),
+                [(name, str(d["n"]), str(d["digest"])) for name, d in data.items()],
+            )
+        )
     if sizes := record.get("sizes"):
-        out.append(Table("sizes", "Sizes on disk", ("", "MB"), [(name, f"{size / 1e6:.2f}") for name, size in sizes.items()]))
+        out.append(
+            Table("sizes", "Sizes on disk", ("", "MB"), [(name, f"{size / 1e6:.2f}") for name, size in sizes.items()])
+        )
     return out
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -42,7 +43,13 @@ def save(plot: Plot, folder: str | Path) -> list[Path]:
     paths = [Path(folder) / f"{plot.name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         with replacing(path) as tmp, matplotlib.rc_context(_STYLE):
-            figure.savefig(tmp, format=path.suffix[1:], dpi=200, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
+            figure.savefig(
+                tmp,
+                format=path.suffix[1:],
+                dpi=200,
+                facecolor="white",
+                metadata={"Date": None} if path.suffix == ".svg" else None,
+            )
     return paths
 
 
@@ -77,8 +84,20 @@ def draw(panels: Sequence[Panel], columns: int) -> Figure:
         for i, line in enumerate(lines):
             for j, panel in enumerate(line):
                 size, top = _size(panel), sum(heights[i + 1 :]) + heights[i]
-                box = (WIDTH * j + size.left, top - size.height + size.bottom, WIDTH - size.left - size.right, size.height - size.top - size.bottom)
-                ax = figure.add_axes((box[0] / (WIDTH * columns), box[1] / sum(heights), box[2] / (WIDTH * columns), box[3] / sum(heights)))
+                box = (
+                    WIDTH * j + size.left,
+                    top - size.height + size.bottom,
+                    WIDTH - size.left - size.right,
+                    size.height - size.top - size.bottom,
+                )
+                ax = figure.add_axes(
+                    (
+                        box[0] / (WIDTH * columns),
+                        box[1] / sum(heights),
+                        box[2] / (WIDTH * columns),
+                        box[3] / sum(heights),
+                    )
+                )
                 ax.set_title(panel.title, pad=8)
                 _DRAW[type(panel)](ax, panel)
     return figure
@@ -100,17 +119,32 @@ def _size(panel: Panel) -> _Size:
     if isinstance(panel, Lines):
         labels = [line.label for line in panel.lines] + [panel.band_label]
         return _Size(2.95, 0.62, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
-    labels = [row if isinstance(row, str) else row[0] for row in panel.rows] + (["100 of 1000 rows at 0"] if isinstance(panel, Spreads) and any(row.zeros for row in panel.rows) else [])
+    labels = [row if isinstance(row, str) else row[0] for row in panel.rows] + (
+        ["100 of 10,000 rows at 0"] if isinstance(panel, Spreads) and any(row.zeros for row in panel.rows) else []
+    )
     left = 0.16 + LETTER * max(map(len, labels), default=0)
-    row, top, bottom = {Spreads: (0.5, 0.36, 0.56), Grid: (0.36, 0.36, 0.6), Shares: (0.33, 0.58, 0.56)}.get(type(panel), (0.31, 0.36, 0.56))
-    return _Size(top + bottom + 0.12 + row * len(panel.rows), left, {Rates: 0.52, Bars: 0.15}.get(type(panel), 0.12), top, bottom)
+    row, top, bottom = {Spreads: (0.5, 0.36, 0.56), Grid: (0.36, 0.36, 0.6), Shares: (0.33, 0.58, 0.56)}.get(
+        type(panel), (0.31, 0.36, 0.56)
+    )
+    return _Size(
+        top + bottom + 0.12 + row * len(panel.rows), left, {Rates: 0.52, Bars: 0.15}.get(type(panel), 0.12), top, bottom
+    )
 
 
 def _lines(ax: Axes, panel: Lines) -> None:
     if panel.band:
         ax.fill_between(panel.x, *panel.band, color=BAND, alpha=0.55, linewidth=1.2, zorder=1)
     for line in panel.lines:
-        ax.plot(panel.x, line.values, color=COLOURS[line.colour], linewidth=1.8, marker="o", markersize=2.8, zorder=3, clip_on=False)
+        ax.plot(
+            panel.x,
+            line.values,
+            color=COLOURS[line.colour],
+            linewidth=1.8,
+            marker="o",
+            markersize=2.8,
+            zorder=3,
+            clip_on=False,
+        )
     ends = [(line.values[-1], line.label, COLOURS[line.colour]) for line in panel.lines]
     if panel.band:
         ends.append(((panel.band[0][-1] + panel.band[1][-1]) / 2, panel.band_label, INK))
@@ -127,7 +161,9 @@ def _lines(ax: Axes, panel: Lines) -> None:
     ax.yaxis.set_major_formatter(lambda y, _: f"{y / 10**power:.3g}".replace("-", "−"))
     ax.set_ylabel(panel.ylabel + (f",  {_power(power, '× ')}" if power else ""))
     height = ax.get_ylim()[1] - low
-    for y, (value, label, colour) in zip(spread([e[0] for e in ends], 0.085 * height, low, low + height), ends, strict=True):
+    for y, (value, label, colour) in zip(
+        spread([e[0] for e in ends], 0.085 * height, low, low + height), ends, strict=True
+    ):
         ax.annotate(label, (panel.x[-1], value), (panel.x[-1] + 0.03 * (panel.x[-1] - panel.x[0] or 1), y), fontsize=8.5, color=colour,
                     va="center", annotation_clip=False)  # fmt: skip
 
@@ -138,7 +174,14 @@ def _rates(ax: Axes, panel: Rates) -> None:
         ax.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
         ax.plot(100 * row.value, y, "o", markersize=6.5, color=colour, markerfacecolor=ON if row.hollow else colour, markeredgewidth=1.6,
                 clip_on=False, zorder=3)  # fmt: skip
-        ax.annotate(f"{100 * row.value:.0f} %", (1.045, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center", annotation_clip=False)
+        ax.annotate(
+            f"{100 * row.value:.0f} %",
+            (1.045, y),
+            xycoords=("axes fraction", "data"),
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+        )
     ax.set_xlim(0, 100)
     ax.set_xlabel(panel.xlabel)
     ax.grid(axis="x", color=FAINT, alpha=0.25, linewidth=0.7)
@@ -151,7 +194,7 @@ def _shares(ax: Axes, panel: Shares) -> None:
         for count, colour in zip(counts, panel.colours, strict=True):
             share = 100 * count / total
             ax.barh(y, share, left=left, height=0.62, color=COLOURS[colour], linewidth=0)
-            if share >= 9:
+            if share >= 13:
                 ax.text(left + share / 2, y, f"{share:.0f} %", color=ON, fontsize=8.5, ha="center", va="center")
             left += share
     ax.set_xlim(0, 100)
@@ -159,7 +202,10 @@ def _shares(ax: Axes, panel: Shares) -> None:
     _rows(ax, [label for label, _ in panel.rows])
     ax.spines["left"].set_visible(False)
     ax.set_title(panel.title, pad=24)
-    words = [TextArea(part, textprops={"color": COLOURS[colour], "size": 8.5, "weight": "bold"}) for part, colour in zip(panel.parts, panel.colours, strict=True)]
+    words: list[Artist] = [
+        TextArea(part, textprops={"color": COLOURS[colour], "size": 8.5, "weight": "bold"})
+        for part, colour in zip(panel.parts, panel.colours, strict=True)
+    ]
     ax.add_artist(AnchoredOffsetbox("lower left", child=HPacker(children=words, pad=0, sep=12), frameon=False, bbox_to_anchor=(0, 1.0),
                                     bbox_transform=ax.transAxes, pad=0.0, borderpad=0.3))  # fmt: skip
 
@@ -168,19 +214,42 @@ def _spreads(ax: Axes, panel: Spreads) -> None:
     for y, row in enumerate(panel.rows):
         colour, top = COLOURS[row.colour], max(row.counts, default=0)
         if not top:
-            ax.annotate("did not move: exactly 0 in every row", (0.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, color=colour, va="center")
+            ax.annotate(
+                "did not move: exactly 0 in every row",
+                (0.02, y),
+                xycoords=("axes fraction", "data"),
+                fontsize=8.5,
+                color=colour,
+                va="center",
+            )
             continue
         heights = [0.72 * c / top for c in row.counts]
         edges = [10**e for e in row.edges]
-        ax.stairs([y + 0.18 - h for h in heights], edges, baseline=y + 0.18, fill=True, color=colour, alpha=0.35, linewidth=0)
-        ax.plot([row.quantiles[0], row.quantiles[2]], [y + 0.27, y + 0.27], color=colour, linewidth=2.2, solid_capstyle="butt")
+        ax.stairs(
+            [y + 0.18 - h for h in heights], edges, baseline=y + 0.18, fill=True, color=colour, alpha=0.35, linewidth=0
+        )
+        ax.plot(
+            [row.quantiles[0], row.quantiles[2]],
+            [y + 0.27, y + 0.27],
+            color=colour,
+            linewidth=2.2,
+            solid_capstyle="butt",
+        )
         ax.plot(row.quantiles[1], y + 0.27, "o", color=colour, markersize=5)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda x, _: _power(round(math.log10(x))))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(10 ** panel.limits[0], 10 ** panel.limits[1])
     ax.set_xlabel(panel.xlabel)
-    _rows(ax, [row.label + (f"\n{row.zeros} of {row.zeros + sum(row.counts)} rows at 0" if row.zeros and sum(row.counts) else "") for row in panel.rows], pad=0.75)
+    _rows(
+        ax,
+        [
+            row.label
+            + (f"\n{row.zeros:,} of {row.zeros + sum(row.counts):,} rows at 0" if row.zeros and sum(row.counts) else "")
+            for row in panel.rows
+        ],
+        pad=0.75,
+    )
     ax.spines["left"].set_visible(False)
 
 
@@ -193,7 +262,9 @@ def _grid(ax: Axes, panel: Grid) -> None:
             ax.barh(y, 0.96, left=x - 0.48, height=0.94, color=COLOURS["blue"], alpha=0.05 + 0.95 * shade, linewidth=0)
             ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=ON if shade > 0.6 else INK)
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
-    ax.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8, rotation=30 if max(map(len, panel.columns)) > 6 else 0)
+    ax.set_xticks(
+        range(len(panel.columns)), panel.columns, fontsize=8, rotation=30 if max(map(len, panel.columns)) > 6 else 0
+    )
     ax.tick_params(length=0)
     _rows(ax, panel.rows, pad=0.5)
     for side in ax.spines.values():
@@ -215,9 +286,24 @@ def _draws(ax: Axes, panel: Draws) -> None:
     ax.stairs(counts, edges, fill=True, color=BAND, alpha=0.8, linewidth=0)
     ax.axvline(panel.value, ymax=0.82, color=COLOURS[panel.colour], linewidth=2)
     right = panel.value > (min(*panel.draws, panel.value) + max(*panel.draws, panel.value)) / 2
-    ax.annotate(panel.label, (panel.value, 0.86), xycoords=("data", "axes fraction"), fontsize=8.5, color=COLOURS[panel.colour], ha="right" if right else "left")
+    ax.annotate(
+        panel.label,
+        (panel.value, 0.86),
+        xycoords=("data", "axes fraction"),
+        fontsize=8.5,
+        color=COLOURS[panel.colour],
+        ha="right" if right else "left",
+    )
     middle = float(np.median(panel.draws))
-    ax.annotate(f"{len(panel.draws)} matched random", (middle, 0.97), xycoords=("data", "axes fraction"), fontsize=8.5, color=INK, ha="left" if right else "right", va="top")
+    ax.annotate(
+        f"{len(panel.draws)} matched random",
+        (middle, 0.97),
+        xycoords=("data", "axes fraction"),
+        fontsize=8.5,
+        color=INK,
+        ha="left" if right else "right",
+        va="top",
+    )
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.set_ylim(0, 1.3 * max(counts))
@@ -252,4 +338,12 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-_DRAW: dict[type, Any] = {Lines: _lines, Rates: _rates, Shares: _shares, Spreads: _spreads, Grid: _grid, Bars: _bars, Draws: _draws}
+_DRAW: dict[type, Any] = {
+    Lines: _lines,
+    Rates: _rates,
+    Shares: _shares,
+    Spreads: _spreads,
+    Grid: _grid,
+    Bars: _bars,
+    Draws: _draws,
+}

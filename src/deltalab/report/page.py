@@ -13,14 +13,23 @@ from deltalab.report.values import Table
 def page(contents: Contents, version: str) -> str:
     """The page's HTML."""
     here = files("deltalab.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     counter = iter(range(10_000))
     parts = []
     for section in contents.sections:
         plots = [{"title": plot.title, "caption": plot.caption,
                   "svgs": [inline(panel, next(counter)) for panel in plot.panels]} for plot in section.plots]  # fmt: skip
-        parts.append({"id": section.id, "name": section.name, "plots": plots, "tables": [_aligned(table) for table in section.tables]})
+        parts.append(
+            {
+                "id": section.id,
+                "name": section.name,
+                "plots": plots,
+                "tables": [_aligned(table) for table in section.tables],
+            }
+        )
     return template.render(
         title=contents.title, subtitle=contents.subtitle, style=here.joinpath("style.css").read_text(encoding="utf-8"),
         verdicts=[{**verdict, "tone": TONES.get(verdict["outcome"], "fact")} for verdict in contents.verdicts], tiles=contents.tiles,

@@ -135,12 +135,25 @@ def describe(panel: Panel) -> str:
             parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines] + band
             return f"{panel.title}, {panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}."
         case Rates():
-            return f"{panel.title}: " + ", ".join(f"{r.label} {100 * r.value:.0f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in panel.rows) + "."
+            return (
+                f"{panel.title}: "
+                + ", ".join(
+                    f"{r.label} {100 * r.value:.0f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in panel.rows
+                )
+                + "."
+            )
         case Shares():
-            counted = [f"{label}: " + ", ".join(f"{n} {part}" for n, part in zip(counts, panel.parts, strict=True)) for label, counts in panel.rows]
+            counted = [
+                f"{label}: " + ", ".join(f"{n} {part}" for n, part in zip(counts, panel.parts, strict=True))
+                for label, counts in panel.rows
+            ]
             return f"{panel.title}. {'; '.join(counted)}."
         case Spreads():
-            return f"{panel.title}, {panel.xlabel}, medians: " + ", ".join(f"{row.label} {row.quantiles[1]:.3g}" for row in panel.rows) + "."
+            return (
+                f"{panel.title}, {panel.xlabel}, medians: "
+                + ", ".join(f"{row.label} {row.quantiles[1]:.3g}" for row in panel.rows)
+                + "."
+            )
         case Grid():
             cells = [f"{row}: " + ", ".join(f"{c} {100 * v:.1f}" for c, v in zip(panel.columns, line, strict=True) if v is not None)
                      for row, line in zip(panel.rows, panel.values, strict=True)]  # fmt: skip
@@ -148,4 +161,8 @@ def describe(panel: Panel) -> str:
         case Draws():
             return f"{panel.title}, {panel.xlabel}: {panel.label} {panel.value:.4g}; {len(panel.draws)} random draws from {min(panel.draws):.4g} to {max(panel.draws):.4g}."
         case Bars():
-            return f"{panel.title}, {panel.xlabel}: " + ", ".join(f"{label} {value:.1f}" for label, value in panel.rows) + "."
+            return (
+                f"{panel.title}, {panel.xlabel}: "
+                + ", ".join(f"{label} {value:.1f}" for label, value in panel.rows)
+                + "."
+            )

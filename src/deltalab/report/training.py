@@ -13,13 +13,29 @@ POINTS = 60
 def tiles(record: Record) -> list[Tile]:
     """The few numbers that stand at the top."""
     result, sizes = record["result"], record["sizes"]
-    out = [Tile("Loss", f"{result['loss'][0]:.3f} → {result['loss'][1]:.3f}", "nats per reply token, first and last steps")]
+    out = [
+        Tile("Loss", f"{result['loss'][0]:.3f} → {result['loss'][1]:.3f}", "nats per reply token, first and last steps")
+    ]
     if held := result["held_out"]:
-        out.append(Tile("Held-out loss", f"{held[0]:.3f} → {held[-1]:.3f}", f"best {result['best']['loss']:.3f} at step {result['best']['step']}" if result["best"] else "first and last"))
+        out.append(
+            Tile(
+                "Held-out loss",
+                f"{held[0]:.3f} → {held[-1]:.3f}",
+                f"best {result['best']['loss']:.3f} at step {result['best']['step']}"
+                if result["best"]
+                else "first and last",
+            )
+        )
     for task, after in _accuracies(record).items():
         out.append(Tile(f"{task}, accuracy", f"{percent(record['scores']['before'][task]['accuracy'])} → {percent(after['accuracy'])}",
                         f"after: [{100 * after['low']:.0f}, {100 * after['high']:.0f}], n = {after['n']}"))  # fmt: skip
-    out.append(Tile("Trained", f"{sizes['trained']:,}", f"of {sizes['base']:,} parameters; adapter {sizes['adapter_bytes'] / 1024:,.0f} KiB"))
+    out.append(
+        Tile(
+            "Trained",
+            f"{sizes['trained']:,}",
+            f"of {sizes['base']:,} parameters; adapter {sizes['adapter_bytes'] / 1024:,.0f} KiB",
+        )
+    )
     return out
 
 
@@ -41,15 +57,47 @@ def plots(record: Record) -> list[Plot]:
         size = -(-len(train) // POINTS)
         stretches = [list(rows) for _, rows in itertools.groupby(train, key=lambda row: (row["step"] - 1) // size)]
         x, y = [rows[-1]["step"] for rows in stretches], [_mean(rows) for rows in stretches]
-        panels.append(Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", [Line("training", y, "orange")]))
+        panels.append(
+            Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", [Line("training", y, "orange")])
+        )
     if held := curves.get("eval"):
         line = Line("held out", [row["loss"] for row in held], "blue")
-        panels.append(Lines("held-out", "Held-out loss", [row["step"] for row in held], "optimizer step", "loss, nats per token", [line]))
-    out = [Plot("losses", "Loss", f"Mean over counted tokens; the training loss over stretches of {size} steps." if train else "Mean over counted tokens.", panels)] if panels else []
+        panels.append(
+            Lines(
+                "held-out",
+                "Held-out loss",
+                [row["step"] for row in held],
+                "optimizer step",
+                "loss, nats per token",
+                [line],
+            )
+        )
+    out = (
+        [
+            Plot(
+                "losses",
+                "Loss",
+                f"Mean over counted tokens; the training loss over stretches of {size} steps."
+                if train
+                else "Mean over counted tokens.",
+                panels,
+            )
+        ]
+        if panels
+        else []
+    )
     rates = []
     for task, after in _accuracies(record).items():
         pair = (("before", record["scores"]["before"][task], True), ("after", after, False))
-        rates.append(Rates(f"accuracy-{task}", f"{task}: accuracy", f"share of {after['n']}, %", [Rate(label, s["accuracy"], s["low"], s["high"], s["n"], hollow) for label, s, hollow in pair], "green"))
+        rates.append(
+            Rates(
+                f"accuracy-{task}",
+                f"{task}: accuracy",
+                f"share of {after['n']}, %",
+                [Rate(label, s["accuracy"], s["low"], s["high"], s["n"], hollow) for label, s, hollow in pair],
+                "green",
+            )
+        )
     return out + ([Plot("scores", "Scores before and after", "With Wilson 95 % intervals.", rates)] if rates else [])
 
 

@@ -40,7 +40,9 @@ def questions(spec: EvaluateSpec, seed: int) -> Questions:
     return Questions(sets, skills.examples(None, spec.skills, seed, "test") if spec.skills else [])
 
 
-def evaluate(model: Any, tokenizer: Any, asked: Questions, spec: EvaluateSpec, folder: Path, refusals: Sequence[int] | None) -> dict[str, Any]:
+def evaluate(
+    model: Any, tokenizer: Any, asked: Questions, spec: EvaluateSpec, folder: Path, refusals: Sequence[int] | None
+) -> dict[str, Any]:
     """Ask everything; JSON for the record, and the replies in `folder`.
 
     refusals: first tokens of refusals for the log-odds, those of the model before tuning; None: of this model's own
@@ -48,22 +50,40 @@ def evaluate(model: Any, tokenizer: Any, asked: Questions, spec: EvaluateSpec, f
     """
     safety: dict[str, Any] = {}
     for name in sorted(asked.prompts, key=lambda name: not is_harmful(name)):
-        result = evaluate_safety(model, tokenizer, asked.prompts[name], name=name, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch, refusals=refusals)
+        result = evaluate_safety(
+            model,
+            tokenizer,
+            asked.prompts[name],
+            name=name,
+            max_new_tokens=spec.max_new_tokens,
+            batch_size=spec.batch,
+            refusals=refusals,
+        )
         refusals = refusals or result.refusal_tokens
         result.save(folder / name)
         letters = "".join(LETTERS[verdict] for verdict in result.verdicts)
         safety[name] = {**result.summary(), "harmful": is_harmful(name), "letters": letters}
-    out: dict[str, Any] = {"safety": {name: safety[name] for name in asked.prompts}, "refusal_tokens": list(refusals or ())}
+    out: dict[str, Any] = {
+        "safety": {name: safety[name] for name in asked.prompts},
+        "refusal_tokens": list(refusals or ()),
+    }
     if asked.skills:
         answers = evaluate_skills(model, tokenizer, asked.skills, batch_size=spec.batch)
-        write_text(folder / "skills.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers.records()))
+        write_text(
+            folder / "skills.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers.records())
+        )
         out["skills"] = {**answers.summary(), "right": "".join("01"[right] for right in answers.correct)}
     return out
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """The result as the record holds it: without the letters."""
-    out = {"safety": {name: {k: v for k, v in one.items() if k not in ("letters", "refusal_tokens")} for name, one in result["safety"].items()}}
+    out = {
+        "safety": {
+            name: {k: v for k, v in one.items() if k not in ("letters", "refusal_tokens")}
+            for name, one in result["safety"].items()
+        }
+    }
     return out | ({"skills": {k: v for k, v in result["skills"].items() if k != "right"}} if "skills" in result else {})
 
 
@@ -79,7 +99,11 @@ def correct(result: Mapping[str, Any]) -> list[bool]:
 
 def became(before: Mapping[str, Any], after: Mapping[str, Any], sets: Sequence[str]) -> dict[str, int]:
     """What the prompts that were refused before, and are not any more, are answered with: counts by verdict."""
-    pairs = [pair for name in sets for pair in zip(before["safety"][name]["letters"], after["safety"][name]["letters"], strict=True)]
+    pairs = [
+        pair
+        for name in sets
+        for pair in zip(before["safety"][name]["letters"], after["safety"][name]["letters"], strict=True)
+    ]
     return {verdict: pairs.count(("R", letter)) for verdict, letter in LETTERS.items() if verdict != "refused"}
 
 

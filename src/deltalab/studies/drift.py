@@ -135,9 +135,13 @@ class DriftStudySpec(Spec):
         own = [isinstance(item, ParameterSpec) for item in self.tune.adapt]
         for arm in self.arms:
             if arm.freeze == "exact" and not all(own):
-                raise ValueError(f"arm '{arm.name}' freezes 'exact', which holds the model's own weights, and a delta moves W + ΔW: freeze 'delta_mask'")
+                raise ValueError(
+                    f"arm '{arm.name}' freezes 'exact', which holds the model's own weights, and a delta moves W + ΔW: freeze 'delta_mask'"
+                )
             if arm.freeze == "delta_mask" and any(own):
-                raise ValueError(f"arm '{arm.name}' freezes 'delta_mask', which holds the change of a delta, and the weights themselves train: freeze 'exact'")
+                raise ValueError(
+                    f"arm '{arm.name}' freezes 'delta_mask', which holds the change of a delta, and the weights themselves train: freeze 'exact'"
+                )
         labels = [arm.label for arm in self.arms]
         if len(set(labels)) < len(labels):
             raise ValueError("two arms freeze the same group")

@@ -1,12 +1,9 @@
 """The stages of the drift study, each a function of what the earlier ones left on disk."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,18 +15,17 @@ from deltalab.deltas.adapt import adapt, base_weight, is_adapted, trainable, unl
 from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.masks import freeze
 from deltalab.deltas.peft_format import load_adapter, save_adapter
-from deltalab.deltas.select import leaf, scored_linears, select
+from deltalab.deltas.select import scored_linears, select
 from deltalab.measure.drift import DriftProbe
 from deltalab.models.load import load, model_digest
 from deltalab.safety.groups import Group, difference, jaccard, matched_random, random_groups, random_like, top
 from deltalab.safety.scores import Scores, snip
 from deltalab.studies import behaviour, verdicts
 from deltalab.studies.drift import ArmSpec, DriftStudySpec, is_harmful
+from deltalab.studies.reduce import against, curve, described, distributions, independent, smoothed
 from deltalab.studies.stages import Context, Result, Stage, finished
 from deltalab.train import train
 from deltalab.train.run import context_of
-
-BINS = 40
 
 
 def stages(spec: DriftStudySpec) -> list[Stage]:
@@ -41,8 +37,19 @@ def stages(spec: DriftStudySpec) -> list[Stage]:
         Stage("evaluate:before", s.evaluation("before"), inputs=s.asked),
     ]
     for arm in spec.arms:
-        out.append(Stage(f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on, tidy=s.discard_checkpoints(arm)))
-        out.append(Stage(f"evaluate:{arm.name}", s.evaluation(arm.name), needs=("evaluate:before", f"tune:{arm.name}"), inputs=s.asked))
+        out.append(
+            Stage(
+                f"tune:{arm.name}", s.tuning(arm), needs=("groups",), inputs=s.tuned_on, tidy=s.discard_checkpoints(arm)
+            )
+        )
+        out.append(
+            Stage(
+                f"evaluate:{arm.name}",
+                s.evaluation(arm.name),
+                needs=("evaluate:before", f"tune:{arm.name}"),
+                inputs=s.asked,
+            )
+        )
     measured = tuple(stage.name for stage in out)
     out.append(Stage("verdict", s.verdict, needs=measured[1:]))
     out.append(Stage("report", s.report, needs=(*measured, "verdict")))
@@ -61,7 +68,10 @@ class Steps:
         return {"model": self._loaded(ctx)["digest"]}
 
     def scored_on(self, ctx: Context) -> dict[str, Any]:
-        return {**self.of_model(ctx), **{f"{name} data": self._data(ctx, name).digest() for name in ("safety", "utility")}}
+        return {
+            **self.of_model(ctx),
+            **{f"{name} data": self._data(ctx, name).digest() for name in ("safety", "utility")},
+        }
 
     def tuned_on(self, ctx: Context) -> dict[str, Any]:
         return {**self.of_model(ctx), "tuning data": self._data(ctx, "tune").digest()}
@@ -75,7 +85,9 @@ class Steps:
         model, _ = self._base(ctx)
         out: Result = {}
         for name in ("safety", "utility"):
-            scores = snip(model, self._data(ctx, name), folder=self._scores_folder(ctx, name), positions=self.spec.score.positions)
+            scores = snip(
+                model, self._data(ctx, name), folder=self._scores_folder(ctx, name), positions=self.spec.score.positions
+            )
             out[name] = {key: scores.manifest[key] for key in ("score", "positions", "samples", "tokens", "dtype")}
         return out
 
@@ -96,8 +108,11 @@ class Steps:
         names = list(made)
         pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
         return {
-            "groups": {name: _described(name, group, self.spec) for name, group in made.items()},
-            "overlaps": [{"a": a, "b": b, "jaccard": jaccard(made[a], made[b]), "independent": _independent(made[a], made[b])} for a, b in pairs],
+            "groups": {name: described(name, group, self.spec) for name, group in made.items()},
+            "overlaps": [
+                {"a": a, "b": b, "jaccard": jaccard(made[a], made[b]), "independent": independent(made[a], made[b])}
+                for a, b in pairs
+            ],
             "bytes": sum(group.nbytes for group in made.values()),
         }
 
@@ -120,21 +135,33 @@ class Steps:
             freezer = freeze(model, groups[arm.group].masks(), arm.freeze) if arm.freeze != "none" else None
             focus = self.spec.groups.focus
             probe = DriftProbe(groups, {focus: self._nulls(ctx)}, every=self.spec.tune.drift_every)
-            result = train(model, tokenizer, data, self.spec.tune.loop(self.spec.seed), folder=folder / "run", probes=[probe], freezer=freezer)
-            proof = {"variant": "none", "entries": 0, "max_change": None, "held": None} if freezer is None else freezer.proof()
+            result = train(
+                model,
+                tokenizer,
+                data,
+                self.spec.tune.loop(self.spec.seed),
+                folder=folder / "run",
+                probes=[probe],
+                freezer=freezer,
+            )
+            proof = (
+                {"variant": "none", "entries": 0, "max_change": None, "held": None}
+                if freezer is None
+                else freezer.proof()
+            )
             if freezer is not None and arm.freeze == "exact":
                 freezer.remove()  # a delta's mask is a part of the adapter and stays
             save_adapter(model, folder / "adapter")
             ctx.shared["tuned"] = arm.name
-            curves = [_curve(row) for row in result.curves[probe.name]]
+            curves = [curve(row) for row in result.curves[probe.name]]
             fraction = groups[arm.group].fraction if freezer is not None else 0.0
             return {
                 "freeze": {**proof, "group": arm.group if freezer is not None else None, "fraction": fraction},
                 "training": {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "trained": count.count,
-                             "losses": _smoothed(result.losses), "held_out": [[row["step"], row["loss"]] for row in result.curves.get("eval", [])]},
+                             "losses": smoothed(result.losses), "held_out": [[row["step"], row["loss"]] for row in result.curves.get("eval", [])]},
                 "curves": curves, "last_nulls": {name: null["overall"] for name, null in result.curves[probe.name][-1]["nulls"].items()},
-                "against": _against(result.curves[probe.name][-1]),
-                "distributions": _distributions(probe, model),
+                "against": against(result.curves[probe.name][-1]),
+                "distributions": distributions(probe, model),
                 "adapter": {"parameters": count.count, "bytes": sum(p.stat().st_size for p in (folder / "adapter").iterdir())},
             }  # fmt: skip
 
@@ -149,24 +176,50 @@ class Steps:
                 if arm != "before":
                     load_adapter(model, ctx.path(f"tune:{arm}") / "adapter")
             tokens = None if arm == "before" else ctx.results["evaluate:before"]["refusal_tokens"]
-            return behaviour.evaluate(model, tokenizer, self._questions(ctx), self.spec.evaluate, ctx.path(f"evaluate:{arm}"), tokens)
+            return behaviour.evaluate(
+                model, tokenizer, self._questions(ctx), self.spec.evaluate, ctx.path(f"evaluate:{arm}"), tokens
+            )
 
         return run
 
     def verdict(self, ctx: Context) -> Result:
         spec, arms = self.spec, ["before", *(arm.name for arm in self.spec.arms)]
         asked = {arm: ctx.results[f"evaluate:{arm}"] for arm in arms}
-        sets = {name: verdicts.Comparison(name, behaviour.title(name), {arm: behaviour.refused(asked[arm], name) for arm in arms}) for name in spec.evaluate.prompts}
-        harmful, harmless = [s for n, s in sets.items() if is_harmful(n)], [s for n, s in sets.items() if not is_harmful(n)]
+        sets = {
+            name: verdicts.Comparison(
+                name, behaviour.title(name), {arm: behaviour.refused(asked[arm], name) for arm in arms}
+            )
+            for name in spec.evaluate.prompts
+        }
+        harmful, harmless = (
+            [s for n, s in sets.items() if is_harmful(n)],
+            [s for n, s in sets.items() if not is_harmful(n)],
+        )
         free = spec.arms[0].name
-        out = [verdicts.refusals(harmful, free, spec.margin, behaviour.became(asked["before"], asked[free], [s.name for s in harmful]))]
+        out = [
+            verdicts.refusals(
+                harmful, free, spec.margin, behaviour.became(asked["before"], asked[free], [s.name for s in harmful])
+            )
+        ]
         if harmless:
             out.append(verdicts.false_refusals(harmless, free, spec.margin))
         if spec.evaluate.skills:
-            out.append(verdicts.skills(verdicts.Comparison("skills", "skills", {arm: behaviour.correct(asked[arm]) for arm in arms}), free, spec.margin))
+            out.append(
+                verdicts.skills(
+                    verdicts.Comparison("skills", "skills", {arm: behaviour.correct(asked[arm]) for arm in arms}),
+                    free,
+                    spec.margin,
+                )
+            )
         tuned, focus = ctx.results[f"tune:{free}"], spec.groups.focus
-        out.append(verdicts.drift(f"the group {focus}", tuned["curves"][-1]["groups"][focus], tuned["last_nulls"][focus], spec.margin))
-        control = next((arm.name for arm in spec.arms if arm.freeze != "none" and arm.group in ("matched", "random")), None)
+        out.append(
+            verdicts.drift(
+                f"the group {focus}", tuned["curves"][-1]["groups"][focus], tuned["last_nulls"][focus], spec.margin
+            )
+        )
+        control = next(
+            (arm.name for arm in spec.arms if arm.freeze != "none" and arm.group in ("matched", "random")), None
+        )
         for arm in spec.arms[1:]:
             if arm.name != control:
                 proof = ctx.results[f"tune:{arm.name}"]["freeze"]
@@ -177,7 +230,9 @@ class Steps:
         from deltalab.report import build_report
 
         spec, loaded = self.spec, self._loaded(ctx)
-        arms: dict[str, Any] = {"before": {"label": "before tuning", **behaviour.summary(ctx.results["evaluate:before"])}}
+        arms: dict[str, Any] = {
+            "before": {"label": "before tuning", **behaviour.summary(ctx.results["evaluate:before"])}
+        }
         for arm in spec.arms:
             tuned = {key: value for key, value in ctx.results[f"tune:{arm.name}"].items() if key != "last_nulls"}
             arms[arm.name] = {"label": arm.label, **behaviour.summary(ctx.results[f"evaluate:{arm.name}"]), **tuned}
@@ -202,10 +257,19 @@ class Steps:
             model, tokenizer = load(self.spec.model)
             linears = scored_linears(model)
             for item in self.spec.tune.adapt:  # a target that matches nothing is told now, not after the first stages
-                _ = item.parameters(model) if isinstance(item, ParameterSpec) else select(model, item.targets, item.layers)
+                _ = (
+                    item.parameters(model)
+                    if isinstance(item, ParameterSpec)
+                    else select(model, item.targets, item.layers)
+                )
             facts = {"parameters": sum(p.numel() for p in model.parameters()), "scored": sum(m.weight.numel() for m in linears.values()),
                      "matrices": len(linears), "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
-            ctx.shared["loaded"] = {"model": model, "tokenizer": tokenizer, "digest": model_digest(model), "facts": facts}
+            ctx.shared["loaded"] = {
+                "model": model,
+                "tokenizer": tokenizer,
+                "digest": model_digest(model),
+                "facts": facts,
+            }
         return dict(ctx.shared["loaded"])
 
     def _base(self, ctx: Context) -> tuple[Any, Any]:
@@ -223,7 +287,9 @@ class Steps:
             loaded, loop = self._loaded(ctx), self.spec.tune.loop(self.spec.seed)
             tasks = self.spec.tune.data if name == "tune" else getattr(self.spec, name)
             conversations = [conversation for task in tasks for conversation in task.train()]
-            encoded = encode_all(loaded["tokenizer"], conversations, context_of(loaded["model"], loop), loop.run.too_long)
+            encoded = encode_all(
+                loaded["tokenizer"], conversations, context_of(loaded["model"], loop), loop.run.too_long
+            )
             limit = None if name == "tune" else self.spec.score.samples
             kept[name] = dataclasses.replace(encoded, items=encoded.items[:limit])
         return kept[name]
@@ -235,80 +301,28 @@ class Steps:
 
     def _groups(self, ctx: Context) -> dict[str, Group]:
         if "groups" not in ctx.shared:
-            ctx.shared["groups"] = {name: Group.load(ctx.path("groups") / name) for name in ctx.results["groups"]["groups"]}
+            ctx.shared["groups"] = {
+                name: Group.load(ctx.path("groups") / name) for name in ctx.results["groups"]["groups"]
+            }
         return ctx.shared["groups"]
 
     def _nulls(self, ctx: Context) -> list[Group]:
         """Matched random groups: kept as their seed, drawn again when they are needed."""
         if "nulls" not in ctx.shared:
             focus = self._groups(ctx)[self.spec.groups.focus]
-            ctx.shared["nulls"] = random_groups(focus, self.spec.groups.nulls, self.spec.seed + 1, _weights(self._loaded(ctx)["model"]))
+            ctx.shared["nulls"] = random_groups(
+                focus, self.spec.groups.nulls, self.spec.seed + 1, _weights(self._loaded(ctx)["model"])
+            )
         return ctx.shared["nulls"]
 
     def _scores_folder(self, ctx: Context, name: str) -> Path:
-        root = Path(self.spec.score.scratch) / f"deltalab-{digest(str(ctx.folder.resolve()))}" if self.spec.score.scratch else ctx.path("scores")
+        root = (
+            Path(self.spec.score.scratch) / f"deltalab-{digest(str(ctx.folder.resolve()))}"
+            if self.spec.score.scratch
+            else ctx.path("scores")
+        )
         return root / name
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {path: base_weight(model, path) for path in scored_linears(model)}
-
-
-def _label(name: str, spec: DriftStudySpec) -> str:
-    """A group in words, with its shares."""
-    g = spec.groups
-    return {"safety": f"safety (top {100 * g.q:g} %)", "utility": f"utility (top {100 * g.q:g} %)", "random": "random", "matched": "matched random",
-            "safety-only": f"safety-only (top {100 * g.q:g} % for safety without top {100 * g.p:g} % for utility)"}[name]  # fmt: skip
-
-
-def _described(name: str, group: Group, spec: DriftStudySpec) -> dict[str, Any]:
-    sizes: dict[str, list[int]] = {}
-    for path, count in group.counts.items():
-        out, in_ = group.shapes[path]
-        kind = sizes.setdefault(leaf(path), [0, 0])
-        kind[0] += count
-        kind[1] += out * in_
-    return {"label": _label(name, spec), "entries": group.count, "fraction": group.fraction, "info": group.info,
-            "kinds": {kind: count / total for kind, (count, total) in sizes.items()},
-            "per_matrix": {path: count / (group.shapes[path][0] * group.shapes[path][1]) for path, count in group.counts.items()}}  # fmt: skip
-
-
-def _independent(a: Group, b: Group) -> float:
-    """The Jaccard index of two groups of these sizes if they were drawn independently."""
-    x, y = a.fraction, b.fraction
-    return x * y / (x + y - x * y)
-
-
-def _curve(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the drift curve without its matrices and single draws, which stay in the stage's own file."""
-    groups = {name: group["overall"] for name, group in row["groups"].items()}
-    return {"step": row["step"], "groups": groups, "nulls": {name: {"draws": null["draws"], "band": null["band"]} for name, null in row["nulls"].items()}}
-
-
-def _against(row: dict[str, Any], measure: str = "l2_per_sqrt") -> dict[str, Any]:
-    """The last step in more detail, of each group that has nulls: every draw, and group and band by layer."""
-    return {name: {"draws": null["overall"][measure],
-                   "layers": {layer: {"value": row["groups"][name]["layers"][layer][measure], "band": bands[measure]} for layer, bands in null["layers"].items()}}
-            for name, null in row["nulls"].items()}  # fmt: skip
-
-
-def _smoothed(losses: Sequence[float], points: int = 60) -> list[list[float]]:
-    """The loss as the mean of at most `points` stretches of steps, each at its last step."""
-    ends = np.unique(np.linspace(0, len(losses), min(points, len(losses)) + 1).round().astype(int))
-    return [[int(b), float(np.mean(losses[a:b]))] for a, b in itertools.pairwise(ends)]
-
-
-def _distributions(probe: DriftProbe, model: nn.Module) -> dict[str, Any]:
-    """Root-mean-square change by row: a histogram on a log axis and quantiles, of each group and of the nulls together."""
-    rows = probe.rows(model)
-    values = {name: table["l2_per_sqrt"].numpy() for name, table in rows["groups"].items()}
-    values["matched random"] = np.concatenate([table["l2_per_sqrt"].numpy() for table in rows["nulls"].values()])
-    moved = np.concatenate([v[v > 0] for v in values.values()])
-    low, high = np.log10(np.quantile(moved, [0.001, 0.999])) if len(moved) else (-6.0, -1.0)
-    edges = np.linspace(low, max(high, low + 0.1), BINS + 1)
-    out = {}
-    for name, v in values.items():
-        counts = np.histogram(np.log10(v[v > 0]).clip(edges[0], edges[-1]), edges)[0]
-        out[name] = {"rows": len(v), "zeros": int((v == 0).sum()), "edges": edges.tolist(), "counts": counts.tolist(),
-                     "quantiles": {str(q): float(np.quantile(v, q)) if len(v) else 0.0 for q in (0.05, 0.25, 0.5, 0.75, 0.95)}}  # fmt: skip
-    return out

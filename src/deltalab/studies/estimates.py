@@ -62,7 +62,11 @@ def _estimate(name: str, spec: DriftStudySpec, f: Facts, rate: float) -> Estimat
         case "tune":
             measures = spec.groups.nulls / 8 + 2  # bits of each null, and the entries of one matrix at a time
             checkpoints = (spec.tune.run.keep + 1) * f.trained * 3 * BYTES
-            return Estimate(6 * f.parameters * f.tokens["tune"] / rate, weights + f.trained * 4 * BYTES + f.scored * measures, checkpoints + f.scored)
+            return Estimate(
+                6 * f.parameters * f.tokens["tune"] / rate,
+                weights + f.trained * 4 * BYTES + f.scored * measures,
+                checkpoints + f.scored,
+            )
         case "evaluate":
             return Estimate(2 * f.parameters * f.replies / (READING * rate), weights, f.replies * 8)
     return Estimate()
@@ -78,7 +82,9 @@ def _facts(spec: DriftStudySpec, model: nn.Module, tokenizer: Any) -> Facts:
             continue
         for path in select(model, item.targets, item.layers):
             out, in_ = weight_of(modules[path]).shape
-            trained += sum(p.numel() for p in item.build(out, in_, dtype=torch.float32, device=torch.device("meta")).parameters())
+            trained += sum(
+                p.numel() for p in item.build(out, in_, dtype=torch.float32, device=torch.device("meta")).parameters()
+            )
     asked = questions(spec.evaluate, spec.seed)
     replies = sum(map(len, asked.prompts.values())) * spec.evaluate.max_new_tokens + len(asked.skills) * 24
     scored = sum(m.weight.numel() for m in scored_linears(model).values())
@@ -94,7 +100,10 @@ def _tokens(spec: DriftStudySpec, model: nn.Module, tokenizer: Any) -> dict[str,
     tune = encoded["tune"]
     optim = spec.tune.optim
     steps = optim.steps or -(-len(tune) // optim.batch) * (optim.epochs or 1)
-    found = {name: float(sum(len(s.input_ids) for s in encoded[name][: spec.score.samples])) for name in ("safety", "utility")}
+    found = {
+        name: float(sum(len(s.input_ids) for s in encoded[name][: spec.score.samples]))
+        for name in ("safety", "utility")
+    }
     return found | {"tune": steps * optim.batch * tune.tokens / len(tune)}
 
 

@@ -113,11 +113,15 @@ def choose(stages: Sequence[Stage], only: str | None, until: str | None) -> list
     hits = [i for i, stage in enumerate(stages) if name in (stage.name, stage.name.partition(":")[0])]
     if not hits:
         names = [stage.name for stage in stages]
-        raise UserError(f"'{name}' is no stage of this study.", found=f"stages: {', '.join(names)}", nearest=nearest(name, names))
+        raise UserError(
+            f"'{name}' is no stage of this study.", found=f"stages: {', '.join(names)}", nearest=nearest(name, names)
+        )
     return [stages[i] for i in hits] if only else list(stages[: hits[-1] + 1])
 
 
-def plan(stages: Sequence[Stage], folder: str | Path, spec: Spec, *, only: str | None = None, until: str | None = None) -> str:
+def plan(
+    stages: Sequence[Stage], folder: str | Path, spec: Spec, *, only: str | None = None, until: str | None = None
+) -> str:
     """What `run` would do, as text: the stages, what is done already, and what the rest needs where it is known."""
     ctx = Context(Path(folder))
     if (ctx.folder / "study.json").exists():
@@ -161,7 +165,11 @@ def check_claim(folder: Path, spec: Spec) -> None:
 def changes(old: Any, new: Any, where: str = "") -> list[str]:
     """Each leaf in which two JSON values differ, as `path: old → new`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in sorted({*old, *new}) for line in changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in changes(a, b, f"{where}.{i}")]
     return [] if old == new else [f"{where}: {old!r} → {new!r}"]
@@ -181,7 +189,9 @@ def _do(ctx: Context, stage: Stage, inputs: Mapping[str, Any]) -> Result:
         "stage": stage.name, "inputs": dict(inputs), "seconds": round(seconds, 3),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "result": result,
     })  # fmt: skip
-    stored = read_json(ctx.path(stage.name) / "result.json")["result"]  # what a later process would see: tuples are lists
+    stored = read_json(ctx.path(stage.name) / "result.json")[
+        "result"
+    ]  # what a later process would see: tuples are lists
     ctx.say(f"    {stage.name}: {seconds:.1f} s")
     return stored
 
