@@ -163,6 +163,9 @@ def test_faults_of_a_spec_stop_before_anything_is_loaded(place, tmp_path, capsys
     assert "optim.stps: unknown key; did you mean steps" in said
     assert "data.0.lmit: unknown key; did you mean limit" in said
     assert not (tmp_path / "x").exists()
+    call("train", place / "spec.yaml", f"data.0.path={place}/dat.jsonl", f"output={tmp_path / 'x'}", code=2)
+    assert "nearest: data.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_preview(place, tmp_path, capsys):

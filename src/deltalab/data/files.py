@@ -50,9 +50,10 @@ def read_rows(path: str, *, split: str = "train", names: tuple[str, ...] = ()) -
         rows = list(_parse(place))
     elif place.suffix in SUFFIXES or not HUB_NAME.fullmatch(path) or place.parent.is_dir():
         folder = place.parent if place.parent.is_dir() else Path()
-        there = sorted(
-            p.name for p in folder.iterdir() if p.suffix in SUFFIXES or (p.is_dir() and not p.name.startswith("."))
-        )
+        listed = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        there = [name for name in listed if Path(name).suffix in SUFFIXES] or [
+            name for name in listed if (folder / name).is_dir()
+        ]
         raise UserError(f"data file '{path}' does not exist.", found=f"in {folder.resolve()}: {', '.join(there[:12]) or 'nothing readable'}",
                         nearest=nearest(place.name, there))  # fmt: skip
     else:

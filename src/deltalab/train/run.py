@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.errors import UserError
-from deltalab.core.files import owned
+from deltalab.core.files import owned, remove
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
@@ -191,9 +191,16 @@ def finished(spec: TrainSpec, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def hold(folder: str | Path) -> Iterator[Path]:
-    """The output folder, held by the first process of this run."""
-    with owned(folder, "train") if processes().is_main_process else contextlib.nullcontext():
-        yield Path(folder)
+    """The output folder, held by the first process of this run. A mistake found before anything is written leaves none."""
+    place = Path(folder)
+    new = not place.exists()
+    with owned(place, "train") if processes().is_main_process else contextlib.nullcontext():
+        try:
+            yield place
+        except BaseException:
+            if new and place.is_dir() and [file.name for file in place.iterdir()] == [".lock"]:
+                remove(place)
+            raise
 
 
 def _some(samples: Encodings, spec: LoopSpec) -> list[Encoded]:
