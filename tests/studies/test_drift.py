@@ -222,6 +222,11 @@ def test_the_demo_is_the_spec_that_users_copy():
     assert [arm.freeze for arm in spec.arms] == ["none", "delta_mask", "delta_mask"]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("drift-*.yaml")), ids=lambda p: p.name)
+def test_examples_are_specs(path):
+    assert load_spec(DriftStudySpec, path).arms[0].freeze == "none"
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [

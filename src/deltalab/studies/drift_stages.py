@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from torch import nn
 
@@ -255,6 +256,7 @@ class Steps:
         """Model, tokenizer, digest and sizes, loaded once a process."""
         if "loaded" not in ctx.shared:
             model, tokenizer = load(self.spec.model)
+            model.to(accelerate.PartialState().device)
             linears = scored_linears(model)
             for item in self.spec.tune.adapt:  # a target that matches nothing is told now, not after the first stages
                 _ = (
