@@ -158,7 +158,7 @@ def _lines(ax: Axes, panel: Lines) -> None:
     ax.set_ylim(low, high if high > low else low + 1)
     power = math.floor(math.log10(abs(ax.get_ylim()[1]))) if ax.get_ylim()[1] else 0
     power = 0 if -2 < power < 4 else power
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y / 10**power:.3g}".replace("-", "−"))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y / 10**power:.4g}".replace("-", "−"))
     ax.set_ylabel(panel.ylabel + (f",  {_power(power, '× ')}" if power else ""))
     height = ax.get_ylim()[1] - low
     for y, (value, label, colour) in zip(
@@ -309,14 +309,14 @@ def _draws(ax: Axes, panel: Draws) -> None:
     ax.set_ylim(0, 1.3 * max(counts))
     ax.margins(x=0.12)
     ax.locator_params(axis="x", nbins=5)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.4g}")
     ax.set_xlabel(panel.xlabel)
 
 
 def _rows(ax: Axes, labels: Sequence[str], pad: float = 0.6) -> None:
     """Named rows from the top down."""
     ax.set_yticks(range(len(labels)), labels)
-    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="y", length=0, pad=7)
     ax.set_ylim(len(labels) - 1 + pad, -pad)
 
 

@@ -155,9 +155,15 @@ def _together(outcomes: Sequence[str]) -> str:
 
 
 def _arrow(c: Change) -> str:
-    return f"{100 * c.before:.0f} % → {100 * c.after:.0f} % (difference {100 * c.difference:+.0f} [{100 * c.low:+.0f}, {100 * c.high:+.0f}], p {_p(c.p)})".replace(
-        "-", "−"
+    points = ", ".join(_points(value) for value in (c.low, c.high))
+    return (
+        f"{100 * c.before:.0f} % → {100 * c.after:.0f} % (difference {_points(c.difference)} [{points}], p {_p(c.p)})"
     )
+
+
+def _points(value: float) -> str:
+    """A difference of shares in per cent, signed; what rounds to nothing is 0."""
+    return f"{round(100 * value):+d}".replace("-", "−") if round(100 * value) else "0"
 
 
 def _p(p: float) -> str:
