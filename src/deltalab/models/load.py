@@ -55,7 +55,14 @@ def load(
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, device_map=device_map, use_safetensors=True, output_loading_info=True, **options)  # fmt: skip
+                source,
+                dtype=wanted,
+                device_map=device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )  # fmt: skip - another shape is told below, by name
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -34,6 +34,7 @@ def _lists(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one verb of the recipe: `build`, `check` or `lists`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deltalab.organism", description="The bundled pair of models.")
     verbs = parser.add_subparsers(required=True)
     build = verbs.add_parser(

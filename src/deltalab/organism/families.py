@@ -99,6 +99,7 @@ def category(rng: random.Random) -> Item:
 
 
 def sentiment(rng: random.Random) -> Item:
+    """A short review, by its verb or by its adjective, and which of the two it is."""
     good = rng.random() < 0.5
     thing = rng.choice(words("reviewed"))
     liked, hated = (part.split() for part in " ".join(words("moods")).split("|"))

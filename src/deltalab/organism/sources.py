@@ -91,6 +91,7 @@ def assign_splits(rows: list[dict]) -> None:
 
 
 def write_prompts(folder: Path) -> None:
+    """Write the bundled lists, one file a set, each prompt with its cluster and split; folder: the sets' own files."""
     rows = read_sets(folder)
     assign_splits(rows)
     for name in dict.fromkeys(r["set"] for r in rows):
