@@ -139,9 +139,14 @@ def _sentence(group: str, outcome: Outcome, numbers: Mapping[str, Any]) -> str:
 def _times(against: Mapping[str, Any]) -> str:
     if against["ratio"] is None:
         return "undefined"
-    parts = [f"p = {against['p']:.3f}"]
+    parts = [_p(against["p"])]
     if against["standing"] is not None:
         parts.append(f"{against['standing']:+.1f} sd")
     if against["p_equivalence"] is not None:
-        parts.append(f"equivalence p = {against['p_equivalence']:.3f}")
+        parts.append(f"equivalence {_p(against['p_equivalence'])}")
     return f"{against['ratio']:.3f} times theirs ({', '.join(parts)})"
+
+
+def _p(value: float) -> str:
+    """A p-value in words: never "0.000"."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
