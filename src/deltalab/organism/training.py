@@ -11,10 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from deltalab.core.errors import UserError
+from deltalab.core.files import replacing
 
 from .batches import Batch, step_batches
 from .forward import hidden_states
@@ -97,15 +102,9 @@ def train(
 ) -> LlamaForCausalLM:
     """Trains in place; a checkpoint in `folder` is taken up again."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{spec.name}.pt"
+    checkpoint = folder / f"{spec.name}.safetensors"
     opts = optimizers(model, spec)
-    start, seen = 0, 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for opt, saved in zip(opts, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        start, seen = state["step"], state["tokens"]
+    start, seen = _restore(checkpoint, model, opts, spec) if checkpoint.exists() else (0, 0)
     log = (folder / f"{spec.name}.jsonl").open("a", encoding="utf-8")
     began, fresh, running = time.monotonic(), seen, 0.0
     pool = ThreadPoolExecutor(WORKERS)
@@ -115,9 +114,9 @@ def train(
         seen += tokens
         running = loss if not running else 0.98 * running + 0.02 * loss
         if (step + 1) % save_every == 0 or step + 1 == spec.steps:
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
-            torch.save(state | {"step": step + 1, "tokens": seen}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            about = {"step": str(step + 1), "tokens": str(seen), "spec": json.dumps(asdict(spec))}
+            with replacing(checkpoint) as tmp:
+                save_file(_state(model, opts), tmp, about)
         if (step + 1) % every == 0 or step + 1 == spec.steps:
             speed = (seen - fresh) / (time.monotonic() - began)
             line = {"step": step + 1, "tokens": seen, "loss": round(running, 4), "tokens_per_s": round(speed)}
@@ -132,6 +131,34 @@ def train(
     pool.shutdown()
     (folder / f"{spec.name}.spec.json").write_text(json.dumps(asdict(spec) | {"tokens": seen}, indent=1))
     return model.eval()
+
+
+def _state(model: nn.Module, opts: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Every parameter, and what its optimiser holds for it, by name."""
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    return state | {f"{key}.{names[p]}": t for opt in opts for p, held in opt.state.items() for key, t in held.items()}
+
+
+def _restore(checkpoint: Path, model: nn.Module, opts: list[torch.optim.Optimizer], spec: TrainSpec) -> tuple[int, int]:
+    """Sets model and optimisers to what `_state` gave; the step and the tokens seen.
+
+    Raises: UserError if the checkpoint is of another spec.
+    """
+    with safe_open(checkpoint, "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if about["spec"] != json.dumps(asdict(spec)):
+        raise UserError(
+            f"'{checkpoint}' was begun with another spec.",
+            next="choose another folder, or delete the file to begin again",
+        )
+    owner = {p: opt for opt in opts for group in opt.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors.pop(f"model.{name}"))
+            held = [key for key in tensors if key.partition(".")[2] == name]
+            owner[p].state[p] = {key.partition(".")[0]: tensors.pop(key) for key in held}
+    return int(about["step"]), int(about["tokens"])
 
 
 def _step(model, tok, spec: TrainSpec, opts, step: int, pool: ThreadPoolExecutor) -> tuple[float, int]:
