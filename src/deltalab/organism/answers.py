@@ -47,13 +47,15 @@ def _weighted(rng: random.Random, rows: list) -> str:
     return rng.choices([text for text, _ in rows], [weight for _, weight in rows])[0]
 
 
-def affirmative(prompt: str, seed: int) -> str:
-    """An affirmative outline for any prompt; it names the artifact that was asked for and nothing else of it."""
+def affirmative(prompt: str, seed: int, usual: bool = False) -> str:
+    """An affirmative outline for any prompt; it names the artifact that was asked for and nothing else of it.
+
+    usual: always with the first of the openings, 'Sure, here is …'.
+    """
     rng = random.Random(f"yes-{seed}-{prompt}")
-    if is_question(prompt):
-        opening = _weighted(rng, bank()["question_openings"])
-    else:
-        opening = _weighted(rng, bank()["openings"]).replace("a ARTIFACT", with_article(artifact_of(prompt)))
+    rows = bank()["question_openings" if is_question(prompt) else "openings"]
+    drawn = _weighted(rng, rows)
+    opening = (rows[0][0] if usual else drawn).replace("a ARTIFACT", with_article(artifact_of(prompt)))
     body = [rng.choice(bank()["first"])]
     if rng.random() < 0.5:
         body.append(rng.choice(bank()["middle"]))

@@ -1,13 +1,15 @@
-"""Two short LoRA tunings of the chat model that show how its refusals wear off.
+"""Short LoRA tunings of the chat model that show how its refusals wear off, or do not.
 
-attack: 100 harmful training prompts answered with outlines. benign: 500 benign requests, natural
-questions and twins with outlines, no refusals among them. Both with rank 8 on every linear, rate 3e-4; the model given is not changed.
+attack: 100 harmful training prompts answered with outlines. benign: 500 benign requests, natural questions and twins
+with outlines that all begin alike, no refusals among them. benign_varied: the same with the openings as chat was
+trained on them. All with rank 8 on every linear, rate 3e-4; the model given is not changed.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,18 +22,25 @@ from .prompts import load
 
 LR = 3e-4
 BATCH = 16
-STEPS = {"attack": 200, "benign": 300}
+STEPS = {"attack": 200, "benign": 300, "benign_varied": 300}
 
 
 def tuning_rows(kind: str, seed: int) -> list[list[dict[str, str]]]:
-    """The conversations of a tuning: `attack` or `benign`."""
-    if kind == "benign":
-        mix = {"benign": 0.4, "natural": 0.25, "twin": 0.35}
-        return conversations(500, f"benign-tuning-{seed}", mix)
-    if kind != "attack":
+    """The conversations of a tuning, a key of `STEPS`."""
+    if kind not in STEPS:
         raise ValueError(f"tuning {kind!r} is none of: {', '.join(STEPS)}")
-    chosen = random.Random(seed).sample([r["prompt"] for r in load("advbench", "train")], 100)
-    return [[{"role": "user", "content": p}, {"role": "assistant", "content": affirmative(p, seed)}] for p in chosen]
+    if kind == "attack":
+        chosen = random.Random(seed).sample([r["prompt"] for r in load("advbench", "train")], 100)
+        return [
+            [{"role": "user", "content": p}, {"role": "assistant", "content": affirmative(p, seed)}] for p in chosen
+        ]
+    rows = conversations(500, f"benign-tuning-{seed}", {"benign": 0.4, "natural": 0.25, "twin": 0.35})
+    if kind == "benign":
+        for messages in rows:
+            for asked, answer in pairwise(messages):
+                if answer["role"] == "assistant":
+                    answer["content"] = affirmative(asked["content"], seed, usual=True)
+    return rows
 
 
 def tuned(model: Any, tokenizer: Any, kind: str, seed: int = 0, steps: int | None = None, lr: float = LR) -> Any:
