@@ -136,7 +136,7 @@ def train(
 def _state(model: nn.Module, opts: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Every parameter, and what its optimiser holds for it, by name."""
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
     return state | {f"{key}.{names[p]}": t for opt in opts for p, held in opt.state.items() for key, t in held.items()}
 
 
