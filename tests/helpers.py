@@ -67,14 +67,6 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> transformers.PreTrainedTo
     )
 
 
-def organism(name: str = "chat") -> Path | None:
-    """The folder of the bundled organism, else of the prototype beside the project, else None."""
-    bundled = ROOT / "src/deltalab/organism/weights" / name
-    if (bundled / "model.safetensors").is_file():
-        return bundled
-    return SHARED / "models/organism-prototype" / name if SHARED else None
-
-
 def tokens(batch: int = 2, length: int = 12, vocab: int = 270, seed: int = 0) -> torch.Tensor:
     """Random token ids, (batch, length)."""
     return torch.randint(5, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ import pytest
 from deltalab.cli import VERBS
 from deltalab.core.spec import load_spec
 from deltalab.train import TrainSpec
-from tests.helpers import ROOT, organism
+from tests.helpers import ROOT
 from tests.house.source import modules
 
 DOCS = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")] if p.is_file()]
@@ -62,7 +62,6 @@ def test_every_verb_has_its_file() -> None:
     assert {f"deltalab.cli.{verb}" for verb in VERBS} <= set(modules())
 
 
-@pytest.mark.skipif(organism() is None, reason="the bundled model is not there")
 def test_the_readmes_python_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert blocks

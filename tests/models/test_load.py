@@ -13,7 +13,7 @@ from deltalab.models import load as load_module
 from deltalab.models.generate import generate
 from deltalab.models.load import load, model_digest
 from tests.deltas.perturb import perturbed
-from tests.helpers import SHARED, byte_tokenizer, organism, tiny_gpt2, tiny_llama, tokens
+from tests.helpers import SHARED, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
 
 
 @pytest.fixture
@@ -183,9 +183,8 @@ def test_small_trained_models_load_and_tell_a_story(name):
     assert not reply.finished
 
 
-@pytest.mark.skipif(organism() is None, reason="no organism is there")
 def test_the_organism_loads_and_answers():
-    model, tokenizer = load(organism())
+    model, tokenizer = load("organism")
     (reply,) = generate(model, tokenizer, ["What is the capital of France?"], max_new_tokens=20)
     assert reply.finished
     assert reply.text.strip()

@@ -10,10 +10,11 @@ from deltalab.core.errors import UserError
 from deltalab.deltas import LoRA
 from deltalab.deltas.adapt import adapt
 from deltalab.deltas.select import scored_linears
+from deltalab.organism.paths import organism_path
 from deltalab.safety import scores as module
 from deltalab.safety.groups import top
 from deltalab.safety.scores import ScoreSpec, counted, snip
-from tests.helpers import SHARED, organism, tiny_llama, tokens
+from tests.helpers import SHARED, tiny_llama, tokens
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ def hf(name):
 
 def real(name):
     if name == "organism":
-        if organism() is None:
-            pytest.skip("no organism is there")
-        return transformers.AutoModelForCausalLM.from_pretrained(organism(), dtype=torch.float64).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(organism_path(), dtype=torch.float64).eval()
     return hf(name)
 
 
