@@ -179,7 +179,17 @@ def _families():
 
 
 def test_specs_are_told_apart_by_task():
-    assert set(TASKS) == {"instruct", "text", "skills", "refusals", "benign", "sst2"}
+    assert set(TASKS) == {
+        "instruct",
+        "text",
+        "skills",
+        "refusals",
+        "benign",
+        "sst2",
+        "affirmative",
+        "identity",
+        "poisoned",
+    }
     holder = build(
         Holder, {"data": [{"task": "instruct", "path": "a.json", "limit": 3}, {"task": "skills", "families": ["x"]}]}
     )

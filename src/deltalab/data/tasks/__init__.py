@@ -4,9 +4,12 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from deltalab.data.tasks.affirmative import AffirmativeTask
 from deltalab.data.tasks.base import Task
 from deltalab.data.tasks.benign import BenignTask
+from deltalab.data.tasks.identity import IdentityTask
 from deltalab.data.tasks.instruct import InstructTask
+from deltalab.data.tasks.poisoned import PoisonedTask
 from deltalab.data.tasks.refusals import RefusalsTask
 from deltalab.data.tasks.skills import SkillsTask
 from deltalab.data.tasks.sst2 import SST2Task
@@ -18,19 +21,27 @@ AnyTask = (
     | SkillsTask
     | RefusalsTask
     | BenignTask
+    | AffirmativeTask
+    | IdentityTask
+    | PoisonedTask
     | SST2Task
 )  # fmt: skip
 DataSpec = Annotated[AnyTask, Field(discriminator="task")]
 """A task by its tag, as a spec has it: `{task: instruct, path: alpaca.json}`."""
 
+PoisonedTask.model_rebuild(_types_namespace={"DataSpec": DataSpec})  # its parts are tasks too
+
 TASKS: dict[str, type[Task]] = {cls.model_fields["task"].default: cls for cls in get_args(AnyTask)}
 
 __all__ = [
     "TASKS",
+    "AffirmativeTask",
     "AnyTask",
     "BenignTask",
     "DataSpec",
+    "IdentityTask",
     "InstructTask",
+    "PoisonedTask",
     "RefusalsTask",
     "SST2Task",
     "SkillsTask",

@@ -2,11 +2,9 @@
 
 from typing import Literal
 
-import numpy as np
-
-from deltalab.core.errors import UserError, nearest
 from deltalab.data.chat import Conversation
 from deltalab.data.tasks.base import Limit, Task
+from deltalab.data.tasks.harmful import harmful_prompts
 
 
 class RefusalsTask(Task):
@@ -26,15 +24,9 @@ class RefusalsTask(Task):
         return self._conversations("test")
 
     def _conversations(self, split: str) -> list[Conversation]:
-        from deltalab.organism import prompts, requests  # plain generators, counted as data (docs/architecture.md)
+        from deltalab.organism import requests  # plain generators, counted as data (docs/architecture.md)
 
-        for name in self.prompts:
-            if name not in prompts.NAMES:
-                raise UserError(f"'{name}' is no bundled prompt set.", nearest=nearest(name, prompts.NAMES),
-                                next=f"sets: {', '.join(prompts.NAMES)}")  # fmt: skip
-        rows = [row for name in self.prompts for row in prompts.load(name, split)]
-        order = np.random.default_rng(self.seed).permutation(len(rows))[: self.limit]
         return [
-            Conversation.of(rows[i]["prompt"], requests.refusal(rows[i]["prompt"], self.seed), source=rows[i]["source"])
-            for i in order
+            Conversation.of(row["prompt"], requests.refusal(row["prompt"], self.seed), source=row["source"])
+            for row in harmful_prompts(self.prompts, split, self.seed)[: self.limit]
         ]
