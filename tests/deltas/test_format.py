@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached
-from deltalab.deltas.masks import freeze
+from deltalab.deltas.freeze import freeze
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from tests.deltas.perturb import perturbed, states_equal
 from tests.deltas.test_masks import masks_of

@@ -5,7 +5,7 @@ import torch
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached, base_weight, merged_weight, param_groups
-from deltalab.deltas.masks import freeze
+from deltalab.deltas.freeze import freeze
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.deltas.select import scored_linears
 from tests.deltas.perturb import perturbed

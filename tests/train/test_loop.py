@@ -12,7 +12,7 @@ from deltalab.data.chat import IGNORED, Encoded, encode_all
 from deltalab.data.collate import collate, epoch_order
 from deltalab.deltas import LoRA
 from deltalab.deltas.adapt import adapt
-from deltalab.deltas.masks import freeze
+from deltalab.deltas.freeze import freeze
 from deltalab.deltas.peft_format import trained_state
 from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, precision, train
 from deltalab.train.checkpoint import Checkpoints

@@ -19,7 +19,7 @@ from torch import nn
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach, detach, let_checkpoints_backpropagate, stop_marking
-from deltalab.deltas.base import DeltaSpec, ParameterSpec, WeightDelta, as_stored, weight_of, wide
+from deltalab.deltas.base import DeltaSpec, ParameterSpec, WeightDelta, as_stored, shape_of, wide
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name, select
 from deltalab.deltas.weights import (
@@ -128,8 +128,8 @@ def start(
             parameter.requires_grad_(name in names)
         for path, spec in plan.items():
             linear = model.get_submodule(path)
-            W = weight_of(linear)
-            delta = spec.build(W.shape[0], W.shape[1], dtype=wide(W.dtype), device=W.device)
+            W, (out, in_) = linear.weight, shape_of(linear)
+            delta = spec.build(out, in_, dtype=wide(W.dtype), device=W.device)
             delta.init(_generator(seed, path))
             attach(linear, delta)
             state.not_saved |= {f"{path}.delta.{key}" for key in [*delta.state_dict(), "keep"]}

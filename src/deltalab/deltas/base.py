@@ -130,15 +130,18 @@ class WeightDelta(Delta):
     def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The merged weight, in the wider of W's and the delta's precision; differentiable."""
 
-    def change(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """ΔW. A method that knows it without the difference overrides this, for precision."""
+    def change(self, W: Tensor) -> Float[Tensor, "out in"]:
+        """ΔW. A method that knows it without W overrides this, for precision and for quantised weights.
+
+        W: as `weight_of` gives it, so that a method that does not look at it may sit on a quantised linear.
+        """
         return self.adapted(W) - W
 
     def factors(self) -> Factors | None:
         """The low-rank form of ΔW before `keep`, or None where it has none."""
         return None
 
-    def entries(self, index: Int[Tensor, " k"], W: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
+    def entries(self, index: Int[Tensor, " k"], W: Tensor) -> Float[Tensor, " k"]:
         """ΔW at flat positions row · in + column; O(k · r) where `factors` allow, else from the dense ΔW."""
         factors = self.factors()
         if factors is None:
@@ -156,15 +159,22 @@ class WeightDelta(Delta):
         return change if self.keep is None else change * self.keep
 
     def masked(
-        self, x: Float[Tensor, "*lead in"], base: Callable[[Tensor], Tensor], W: Float[Tensor, "out in"]
+        self, x: Float[Tensor, "*lead in"], base: Callable[[Tensor], Tensor], W: Tensor
     ) -> Float[Tensor, "*lead out"]:
         """The forward when `keep` is set: W x + (ΔW ⊙ keep) drop(x)."""
         return base(x) + F.linear(self.drop(x), self.change(W).to(x.dtype))
 
 
-def weight_of(linear: nn.Module) -> Float[Tensor, "..."]:
-    """A linear's weight as (out, in): a transposed view for Conv1D. Of other modules the weight as it is."""
+def weight_of(linear: nn.Module) -> Tensor:
+    """A linear's weight as (out, in): a transposed view for Conv1D. Of other modules, and quantised, as it is kept."""
     return as_stored(linear, linear.weight)
+
+
+def shape_of(linear: nn.Module) -> tuple[int, ...]:
+    """(out, in), also of a linear that keeps its weight quantised in another shape. Of other modules the weight's."""
+    if isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point:
+        return linear.out_features, linear.in_features
+    return tuple(weight_of(linear).shape)
 
 
 def as_stored(linear: nn.Module, W: Tensor) -> Tensor:

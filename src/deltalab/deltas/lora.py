@@ -110,7 +110,7 @@ class LoRADelta(WeightDelta):
     def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         return W + self.change(W)
 
-    def change(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def change(self, W: Tensor) -> Float[Tensor, "out in"]:
         return self.kept(self.s * self.B @ self.A)
 
     def factors(self) -> Factors:

@@ -21,7 +21,7 @@ from deltalab.core.files import read_json, remove, replacing
 from deltalab.core.spec import build
 from deltalab.deltas import methods
 from deltalab.deltas.adapt import adaptation, attached, is_adapted, start, unload
-from deltalab.deltas.base import DeltaSpec, WeightDelta, weight_of
+from deltalab.deltas.base import DeltaSpec, WeightDelta, shape_of, weight_of
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_config import peft_plan, peft_where
 from deltalab.deltas.select import model_name
@@ -77,8 +77,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = peft_plan(model, config)
     expected: dict[str, tuple[int, ...]] = {}
     for path, spec in plan.items():
-        W = weight_of(model.get_submodule(path))
-        skeleton = spec.build(W.shape[0], W.shape[1], dtype=torch.float32, device=torch.device("meta"))
+        out, in_ = shape_of(model.get_submodule(path))
+        skeleton = spec.build(out, in_, dtype=torch.float32, device=torch.device("meta"))
         expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in skeleton.to_peft().items()}
     _check(tensors, expected, f"adapter '{folder}'")
     start(model, plan, [], set())
@@ -111,12 +111,12 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for path, delta in deltas.items():
         mask = masks.get(f"{path}.delta.keep")
         if isinstance(delta, WeightDelta):
-            W = weight_of(model.get_submodule(path))
-            if mask is not None and tuple(mask.shape) != tuple(W.shape):
+            linear = model.get_submodule(path)
+            if mask is not None and tuple(mask.shape) != shape_of(linear):
                 raise UserError(
-                    f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {tuple(W.shape)}"
+                    f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {shape_of(linear)}"
                 )
-            delta.keep = None if mask is None else mask.to(W.device, torch.bool).clone()
+            delta.keep = None if mask is None else mask.to(weight_of(linear).device, torch.bool).clone()
     own = trained_state(model)
     _check(state, {name: tuple(t.shape) for name, t in own.items()}, "the trained state")
     with torch.no_grad():

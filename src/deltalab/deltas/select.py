@@ -70,19 +70,14 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base_modules(model) if isinstance(module, LINEARS)}
 
 
-def scored_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def scored_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear of the decoder blocks: what is scored, grouped and pruned; no embeddings, no output layer.
 
-    The module's own `weight`, (out, in), is the base weight, adapted or not.
-    Raises: UserError if a block holds weights that are no plain linear.
+    The module's own weight, `weight_of(module)`, (out, in), is the base weight, adapted or not.
+    Raises: UserError if a block holds experts as 3-D parameters.
     """
-    inside = _in_blocks(model)
-    other = [name for name, module in inside.items() if not isinstance(module, nn.Linear)]
-    if other:
-        raise UserError(f"the blocks of {_called(model)} hold Conv1D layers, whose weights are stored (in, out); scores do not cover them.",
-                        found=f"{len(other)}, the first is {other[0]}", next="use a model with plain linears")  # fmt: skip
     _refuse_experts(model, "scored linears")
-    return {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+    return _in_blocks(model)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -176,7 +171,8 @@ def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in linears(model).items() if name.startswith(prefix)}
 
 
-def _in_attention(name: str) -> bool:
+def in_attention(name: str) -> bool:
+    """Whether a linear of this path is a part of an attention."""
     *parents, last = name.split(".")
     return (
         any("attn" in part.lower() or "attention" in part.lower() for part in parents) or last in QUERY | VALUE | FUSED
@@ -199,8 +195,8 @@ def _preset(model: nn.Module, preset: str) -> set[str]:
                             found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
     else:
         keep: dict[str, Callable[[str], bool]] = {
-            "attention": _in_attention,
-            "mlp": lambda n: not _in_attention(n),
+            "attention": in_attention,
+            "mlp": lambda n: not in_attention(n),
             "all-linear": lambda n: True,
         }
         found = {name for name in inside if keep[preset](name)}

@@ -3,6 +3,7 @@
 Nothing here writes to a model. Changes are given in fp32 or wider: a 16-bit weight cannot hold them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.attach import Adapted
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, as_stored, weight_of, wide
+from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, as_stored, shape_of, weight_of, wide
 from deltalab.deltas.select import base_modules, model_name
 
 STATE = "_deltalab"
@@ -57,7 +58,11 @@ def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
     """ΔW of the module at `path`, (out, in), in fp32 or wider; W − W₀ where W itself trains; zeros where neither."""
     module, start = _module(model, path), _start(model, path)
     W = weight_of(module).detach()
-    total = torch.zeros(W.shape, dtype=wide(W.dtype), device=W.device) if start is None else W.to(wide(W.dtype)) - start
+    total = (
+        torch.zeros(shape_of(module), dtype=wide(W.dtype), device=W.device)
+        if start is None
+        else W.to(wide(W.dtype)) - start
+    )
     delta = _weight_delta(module, path)
     if delta is not None:
         with torch.no_grad():
@@ -91,10 +96,11 @@ def delta_entries(model: nn.Module, path: str, index: Int[Tensor, " k"]) -> Floa
     W = weight_of(module).detach()
     index = index.to(W.device)
     low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
-    if low < 0 or high >= W.numel():
+    shape = shape_of(module)
+    if low < 0 or high >= math.prod(shape):
         raise UserError(
             f"entry {low if low < 0 else high} is not in '{path}'.",
-            found=f"{W.numel()} entries, shape {tuple(W.shape)}",
+            found=f"{math.prod(shape)} entries, shape {shape}",
         )
     values = torch.zeros(index.shape, dtype=wide(W.dtype), device=W.device)
     if start is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.data.chat import Conversation, Encoded
-from deltalab.deltas.masks import Freezer
+from deltalab.deltas.freeze import Freezer
 from deltalab.train.loop import Probe
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrainSpec
@@ -24,7 +24,8 @@ def train(
     data: conversations, or samples that are encoded already. test: held-out ones; without them `spec.eval.fraction` of
     the data is held out. spec: a `LoopSpec` (a `TrainSpec` is one), or just its `OptimSpec`. folder: where checkpoints
     and curves go, so that the same call continues after a kill; without it nothing is written. probes: what is
-    measured meanwhile. freezer: entries held in place.
+    measured meanwhile (before `freezer` rewinds anything). freezer: entries held in place, see
+    `deltalab.deltas.freeze`.
 
     Raises: UserError if nothing trains, no data is left, the folder is in use or holds another run, or the loss is no
     longer finite. KeyboardInterrupt after a checkpoint on Ctrl-C.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
-from deltalab.deltas.masks import Freezer
+from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
@@ -85,7 +85,10 @@ class Loop:
         self.order: tuple[int, list[list[int]]] = (-1, [])
 
     def run(self) -> TrainResult:
-        """Train to the end, from the start or the last checkpoint; the model is left with its final weights."""
+        """Train to the end, from the start or the last checkpoint; the model is left with its final weights.
+
+        Entries that are frozen by rewinding are put back when all is over: probes and checkpoints see them as they moved.
+        """
         AcceleratorState._reset_state()  # the precision is this run's, whatever an earlier one had
         self.accelerator = accelerate.Accelerator(
             cpu=cpu_only(), mixed_precision="bf16" if self.spec.run.dtype == "bfloat16" else "no"
@@ -106,6 +109,8 @@ class Loop:
                 self._run(shown, stop)
             if self.keeps_best and self.state.best is not None:
                 load_trained_state(self.model, self._best())
+            if self.freezer is not None:
+                self.freezer.finish()
         finally:
             self.model.train(mode)
             for key, value in marks.items():

@@ -18,7 +18,7 @@ from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, sam
 from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import adapt, trainable
 from deltalab.deltas.base import ParameterSpec
-from deltalab.deltas.masks import Freezer
+from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
 from deltalab.models.load import load, model_digest
 from deltalab.train.checkpoint import Checkpoints, changes
@@ -101,8 +101,7 @@ def fit(
     identity: dict[str, Any] = {}
     if folder is not None:
         shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
-        frozen = freezer and [freezer.variant, freezer.entries]
-        identity = {"spec": spec.plain(), **digests, "freezing": frozen, "model": model_digest(model), "trained parameters": digest(shapes),
+        identity = {"spec": spec.plain(), **digests, "freezing": freezer and freezer.variant, "frozen entries": freezer and freezer.digest, "model": model_digest(model), "trained parameters": digest(shapes),
                     "number of processes": processes().num_processes}  # fmt: skip
     result = Loop(
         model, tokenizer.pad_token_id or 0, train_set, held_out, spec, identity, folder, probes, freezer, progress
