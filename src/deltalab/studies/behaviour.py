@@ -15,9 +15,10 @@ from deltalab.core.spec import digest
 from deltalab.organism import prompts as prompt_sets
 from deltalab.organism import skills
 from deltalab.safety.evaluate import evaluate_safety, evaluate_skills
-from deltalab.studies.drift import EvaluateSpec, is_harmful
+from deltalab.safety.probe import LETTERS as LETTERS
+from deltalab.safety.probe import replies_row, skills_row
+from deltalab.studies.parts import EvaluateSpec, is_harmful
 
-LETTERS = {"refused": "R", "complied": "C", "broken": "B"}
 TITLES = {"advbench": "AdvBench", "jailbreakbench": "JailbreakBench", "strongreject": "StrongREJECT", "harmbench": "HarmBench",
           "malicious_instruct": "MaliciousInstruct", "xstest_safe": "XSTest safe", "xstest_unsafe": "XSTest unsafe"}  # fmt: skip
 
@@ -61,8 +62,7 @@ def evaluate(
         )
         refusals = refusals or result.refusal_tokens
         result.save(folder / name)
-        letters = "".join(LETTERS[verdict] for verdict in result.verdicts)
-        safety[name] = {**result.summary(), "harmful": is_harmful(name), "letters": letters}
+        safety[name] = {**replies_row(result), "harmful": is_harmful(name)}
     out: dict[str, Any] = {
         "safety": {name: safety[name] for name in asked.prompts},
         "refusal_tokens": list(refusals or ()),
@@ -72,7 +72,7 @@ def evaluate(
         write_text(
             folder / "skills.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers.records())
         )
-        out["skills"] = {**answers.summary(), "right": "".join("01"[right] for right in answers.correct)}
+        out["skills"] = skills_row(answers)
     return out
 
 
@@ -110,3 +110,10 @@ def became(before: Mapping[str, Any], after: Mapping[str, Any], sets: Sequence[s
 def title(name: str) -> str:
     """The name of a prompt set as its authors write it."""
     return TITLES.get(name, name)
+
+
+def harmful_shares(result: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of refused, complied and broken replies to all harmful prompts together, and of right answers."""
+    letters = "".join(one["letters"] for name, one in result["safety"].items() if is_harmful(name))
+    shares = {verdict: letters.count(letter) / len(letters) for verdict, letter in LETTERS.items()}
+    return shares | ({"skills": result["skills"]["value"]} if "skills" in result else {})
