@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     build.set_defaults(run=_build)
     check = verbs.add_parser("check", help="measure the bundled pair and hold it against the thresholds")
     check.add_argument("--models", nargs="+", default=["base", "chat"], choices=("base", "chat"))
-    check.add_argument("--no-tunings", action="store_true", help="leave the two short tunings of chat out")
+    check.add_argument("--no-tunings", action="store_true", help="leave the short tunings of chat out")
     check.add_argument("--json", type=Path, default=None, help="write every figure here too")
     check.set_defaults(run=_check)
     lists = verbs.add_parser("lists", help="make the bundled prompt lists from the public sets' files")

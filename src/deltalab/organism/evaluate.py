@@ -1,4 +1,4 @@
-"""The card's figures: skills by family, refusal, false refusal and broken replies by prompt set, two short tunings."""
+"""The card's figures: skills by family; refusal, false refusal and broken replies by prompt set."""
 
 from __future__ import annotations
 
