@@ -60,15 +60,32 @@ MUTANTS = [
         "positions of the loss off by one", "train/loss.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
         "tests/train/test_loop.py",
     ),
-    mutant("mask of the delta inverted", "deltas/masks.py", "delta.keep = ~mask", "delta.keep = mask", "tests/deltas/test_masks.py"),
-    mutant("mask of the gradient inverted", "deltas/masks.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_masks.py"),
+    mutant("mask of the delta inverted", "deltas/freeze.py", "keep = ~self._mask(path)", "keep = self._mask(path)", "tests/deltas/test_freeze.py"),
+    mutant("mask of the gradient inverted", "deltas/freeze.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_freeze.py"),
     mutant(
         "labels shifted", "data/chat.py", "for i, flag in zip(ids, counted, strict=True)",
         "for i, flag in zip(ids, [False, *counted[:-1]], strict=True)", "tests/data/test_labels.py",
     ),
     mutant(
-        "weight decay on frozen entries", "deltas/masks.py", "register_step_post_hook(lambda *_: self.restore())",
-        "register_step_post_hook(lambda *_: None)", "tests/deltas/test_masks.py",
+        "weight decay on frozen entries", "deltas/freeze.py", "register_step_post_hook(lambda *_: self.restore())",
+        "register_step_post_hook(lambda *_: None)", "tests/deltas/test_freeze.py",
+    ),
+    Mutant(
+        "rewind in place of exact",
+        (
+            ("deltas/freeze.py", 'if self.variant in ("grad_mask", "exact"):', 'if self.variant == "grad_mask":'),
+            ("deltas/freeze.py", 'if self.variant == "exact":\n            inner', 'if self.variant == "never":\n            inner'),
+            ("deltas/freeze.py", 'if self.variant != "rewind" or', 'if self.variant not in ("rewind", "exact") or'),
+        ),
+        ("tests/train/test_freezing.py",),
+    ),
+    mutant(
+        "entries not rewound", "deltas/freeze.py", "        self.restore()\n        self._mask_deltas()", "        self._mask_deltas()",
+        "tests/deltas/test_freeze_variants.py",
+    ),
+    mutant(
+        "other frozen entries taken for the same", "deltas/freeze.py", "digest.update(bits[path].tobytes())", "pass",
+        "tests/deltas/test_freeze_variants.py", "tests/train/test_freezing.py",
     ),
     mutant(
         "set difference swapped", "safety/groups.py", "safe.mask(path) & ~useful.mask(path)", "useful.mask(path) & ~safe.mask(path)",
