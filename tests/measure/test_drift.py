@@ -11,7 +11,11 @@ from deltalab.core.errors import UserError
 from deltalab.deltas import LoRA, Train
 from deltalab.deltas.adapt import adapt, attached, delta_weight, merged_weight
 from deltalab.deltas.select import scored_linears
-from deltalab.measure.drift import MEASURES, DriftProbe, Sums, drift, snapshot
+from deltalab.measure.drift import MEASURES, DriftProbe, drift, snapshot
+from deltalab.safety.bins import bins_of
+from deltalab.safety.groups import top
+from deltalab.safety.nulls import Nulls
+from deltalab.safety.units import units_of
 from tests.helpers import tiny_llama
 
 
@@ -210,7 +214,8 @@ def test_weights_that_are_zero_have_no_cosine():
     assert got["cosine"] is None
     assert got["relative_norm"] is None
     assert got["relative_mean"] == 2
-    assert Sums(0, 0, 0, 0, 0).measures()["l2"] is None
+    nothing = drift(torch.zeros(0), torch.zeros(0))
+    assert nothing == {"entries": 0, **dict.fromkeys(MEASURES)}
 
 
 def test_band_and_rows():
@@ -242,17 +247,77 @@ def test_band_and_rows():
     json.dumps(summary, allow_nan=False)
 
 
-def test_large_groups_are_measured_in_parts(monkeypatch):
+def same(got, want, rel=1e-9):
+    """Equal JSON, numbers but for the order in which they were added up."""
+    if isinstance(want, dict):
+        assert set(got) == set(want)
+        for key, value in want.items():
+            same(got[key], value, rel)
+    elif isinstance(want, list):
+        assert len(got) == len(want)
+        for x, y in zip(got, want, strict=True):
+            same(x, y, rel)
+    elif isinstance(want, float):
+        assert got == pytest.approx(want, rel=rel, abs=1e-12)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("way", ["tiles of a few entries", "terms formed draw by draw", "without sparse matrices"])
+def test_the_ways_to_add_up_agree(monkeypatch, way):
     import deltalab.measure.drift as module
+    from deltalab.measure import entry_sums
 
     model = perturbed(adapt(tiny_llama(), LoRA(targets="all-linear")))
-    groups, nulls = {"g": draws(model, 0.3)}, {"n": [draws(model, 0.2, s) for s in range(4)]}
+    groups, nulls = {"g": draws(model, 0.3)}, {"n": [draws(model, 0.2, s) for s in range(12)]}
     whole = DriftProbe(groups, nulls).measure(model, 0)
-    monkeypatch.setattr(module, "CHUNK", 500)
-    monkeypatch.setattr(module, "CACHED_BYTES", 0)
-    parts = DriftProbe(groups, nulls)
-    assert parts.measure(model, 0) == whole
-    assert parts._cache == {}
+    if way == "tiles of a few entries":
+        monkeypatch.setattr(entry_sums, "TILE", 500)
+    elif way == "terms formed draw by draw":
+        monkeypatch.setattr(module, "TERMS_BYTES", 0)
+    else:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    same(DriftProbe(groups, nulls).measure(model, 0), whole)
+
+
+@pytest.mark.parametrize("unit", ["entry", "row", "mlp-unit"])
+@pytest.mark.parametrize("matched", [False, True])
+def test_draws_that_nobody_holds_measure_as_the_same_groups_held(unit, matched):
+    model = tiny_llama()
+    weights = {path: module.weight.detach().clone() for path, module in scored_linears(model).items()}
+    units = units_of(model, unit)
+    scores = {path: weight.abs() * torch.rand_like(weight) for path, weight in weights.items()}
+    group = top(scores, 0.1, "matrix", units=units)
+    perturbed(adapt(model, LoRA(targets="all-linear")))
+    nulls = Nulls(group, 25, 7, bins_of(weights, units=units) if matched else None, units)
+    streamed = DriftProbe({"g": group}, {"n": nulls}).measure(model, 0)
+    held = DriftProbe({"g": group}, {"n": [nulls.draw(i) for i in range(25)]}).measure(model, 0)
+    same(streamed, held)
+    w0, w1 = base(model), {p: base(model)[p].double() + delta_weight(model, p) for p in weights}
+    for i in (0, 24):
+        want = dense(w0, w1, dict(nulls.draw(i).items()))
+        for measure in MEASURES:
+            assert streamed["nulls"]["n"]["overall"][measure][i] == pytest.approx(want[measure], rel=1e-6)
+
+
+def test_few_draws_usually_and_all_when_told():
+    model = perturbed(adapt(tiny_llama(), LoRA(targets="all-linear")))
+    group = top({path: module.weight.detach().abs() for path, module in scored_linears(model).items()}, 0.1)
+    nulls = {"n": Nulls(group, 60), "listed": [draws(model, 0.1, s) for s in range(8)]}
+    probe = DriftProbe({"g": group}, nulls, few=20)
+    usual, every = probe.measure(model, 0), probe.measure(model, 9, probe.most)
+    assert (usual["nulls"]["n"]["draws"], usual["nulls"]["listed"]["draws"]) == (20, 8)
+    assert (every["nulls"]["n"]["draws"], every["nulls"]["listed"]["draws"]) == (60, 8)
+    assert every["nulls"]["n"]["overall"]["l2"][:20] == usual["nulls"]["n"]["overall"]["l2"]
+    assert every["groups"] == usual["groups"]
+    assert probe.measure(model, 0, 5)["nulls"]["n"]["draws"] == 5
+    assert DriftProbe({"g": group}, nulls).measure(model, 0)["nulls"]["n"]["draws"] == 60
+    layer = every["nulls"]["n"]["layers"]["1"]["l2"]
+    inside = [dict(nulls["n"].draw(i).items()) for i in range(60)]
+    w0, w1 = base(model), {p: base(model)[p].double() + delta_weight(model, p) for p in group}
+    values = [dense(w0, w1, {p: i for p, i in draw.items() if "layers.1." in p})["l2"] for draw in inside]
+    assert layer["low"] == pytest.approx(float(torch.tensor(values, dtype=torch.float64).quantile(0.025)), rel=1e-6)
+    assert layer["mean"] == pytest.approx(sum(values) / 60, rel=1e-6)
 
 
 def test_no_group_is_refused():

@@ -1,15 +1,21 @@
 """Groups against sorting by brute force, and against what they say of themselves."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltalab.core.errors import UserError
-from deltalab.safety.groups import Group, difference, jaccard, matched_random, random_groups, random_like, top, union
+from deltalab.safety.groups import (
+    Group,
+    complement,
+    difference,
+    intersection,
+    jaccard,
+    minus,
+    top,
+    union,
+)
 
 SHAPES = {"model.layers.0.q": (24, 40), "model.layers.0.up": (56, 40), "model.layers.1.q": (24, 40)}
 
@@ -123,54 +129,6 @@ def test_scores_that_are_not_finite(per):
         top(broken, 0.1, per)
 
 
-def test_random_has_the_count_of_each_matrix():
-    group = top(scores(), 0.1, "global")
-    a, b = random_like(group, 1), random_like(group, 2)
-    assert a.counts == b.counts == group.counts
-    assert any(a[path].tolist() != b[path].tolist() for path in group)
-    for path in group:
-        assert len(set(a[path].tolist())) == group.counts[path]
-        assert torch.equal(a[path], random_like(group, 1)[path])
-
-
-def test_random_is_uniform():
-    """Every entry is drawn about equally often."""
-    group = top(scores(), 0.25, "matrix")
-    hits = sum(draw.mask("model.layers.0.q").double() for draw in random_groups(group, 400))
-    assert abs(hits.mean() - 100) < 1e-9
-    assert hits.std() == pytest.approx(np.sqrt(400 * 0.25 * 0.75), rel=0.15)
-
-
-def test_matched_random_has_the_count_of_each_quantile():
-    weights = {path: torch.randn(shape, generator=torch.Generator().manual_seed(5)) for path, shape in SHAPES.items()}
-    group = top({path: w.abs() + 0.3 * torch.rand(w.shape) for path, w in weights.items()}, 0.1, "matrix")
-    draws = random_groups(group, 5, seed=7, weights=weights)
-    plain = random_like(group, 7)
-
-    def histogram(g, path, bins=20):
-        rank = weights[path].abs().flatten().argsort(stable=True).argsort()
-        return torch.bincount(rank[g[path]] * bins // rank.numel(), minlength=bins).tolist()
-
-    for path in group:
-        for draw in draws:
-            assert draw.counts[path] == group.counts[path]
-            assert histogram(draw, path) == histogram(group, path)
-        assert histogram(plain, path) != histogram(group, path)
-    assert torch.equal(matched_random(group, weights, 9)["model.layers.0.q"], draws[2]["model.layers.0.q"])
-    assert any(draws[0][p].tolist() != draws[1][p].tolist() for p in group)
-
-
-def test_matched_random_where_bins_do_not_divide():
-    """Odd sizes: every quantile part is as large as the ranks that fall into it."""
-    weights = {"a": torch.randn(7, 9)}
-    group = Group.of_masks("g", {"a": torch.rand(7, 9) < 0.5})
-    for bins in (2, 10, 20, 63, 64, 100):
-        draw = matched_random(group, weights, 0, bins)
-        rank = weights["a"].abs().flatten().argsort(stable=True).argsort()
-        want = torch.bincount(rank[group["a"]] * bins // 63, minlength=bins)
-        assert torch.equal(torch.bincount(rank[draw["a"]] * bins // 63, minlength=bins), want)
-
-
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.03, 0.04, 0.5, 1.0])
 def test_storage_is_the_smaller_one_and_comes_back(tmp_path, density):
     mask = torch.rand(40, 53) < density
@@ -196,7 +154,8 @@ def test_a_group_prints_and_counts():
     assert sizes["fraction"] == pytest.approx(0.1)
     assert sizes["per_matrix"]["model.layers.0.q"] == pytest.approx(0.1)
     assert sizes["q"] == 0.1
-    assert "416 of 4160 entries, 10.000 %" in str(group)
+    assert "416 of 4160 entries, asked 10 %, actual 10.000 %" in str(group)
+    assert (sizes["asked"], sizes["unit"]) == (0.1, "entry")
     assert len(group) == 3
     assert list(group) == list(SHAPES)
 
@@ -223,13 +182,32 @@ def test_unknown_matrices_are_named():
         top(scores(), 0.1).mask("model.layers.0.k")
 
 
-def test_overlap_and_union():
-    a, b = top(scores(1), 0.3, "matrix"), top(scores(2), 0.3, "matrix")
-    inside = {path: (set(a[path].tolist()), set(b[path].tolist())) for path in a}
-    want = sum(len(x & y) for x, y in inside.values()) / sum(len(x | y) for x, y in inside.values())
-    assert jaccard(a, b) == pytest.approx(want)
+def entries(group):
+    return {(path, i) for path in group for i in group[path].tolist()}
+
+
+def test_the_algebra_of_groups_is_that_of_sets():
+    a, b, c = (top(scores(seed), 0.3, "matrix", f"g{seed}") for seed in (1, 2, 3))
+    x, y, z = entries(a), entries(b), entries(c)
+    everything = {(path, i) for path, (out, in_) in SHAPES.items() for i in range(out * in_)}
+    for got, want, kind in (
+        (union([a, b, c]), x | y | z, "union"),
+        (intersection([a, b, c]), x & y & z, "intersection"),
+        (minus(a, b), x - y, "minus"),
+        (complement(a), everything - x, "complement"),
+    ):
+        assert entries(got) == want
+        assert got.count == len(want)
+        assert got.info["kind"] == kind
+        assert got.asked is None
+        assert list(got.shapes) == list(SHAPES)
+    assert minus(a, b).info["of"] == ["g1", "g2"]
+    assert jaccard(a, b) == pytest.approx(len(x & y) / len(x | y))
     assert jaccard(a, a) == 1
-    both = union([a, b], "both")
-    assert all(set(both[path].tolist()) == x | y for path, (x, y) in inside.items())
-    assert all(c == len(x | y) for c, (x, y) in zip(both.counts.values(), inside.values(), strict=True))
-    assert list(itertools.islice(both, 1)) == ["model.layers.0.q"]
+
+
+def test_groups_of_other_matrices_are_not_combined():
+    other = Group.of_masks("other", {"a": torch.ones(2, 2, dtype=torch.bool)})
+    for combine in (lambda g: union([g, other]), lambda g: intersection([g, other]), lambda g: minus(g, other)):
+        with pytest.raises(UserError, match="cover different matrices"):
+            combine(top(scores(), 0.1))

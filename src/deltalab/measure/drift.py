@@ -15,10 +15,9 @@ which has lost nothing however small d is (for ⟨w,v⟩ < 0 the plain differenc
 over the matrices gives every matrix, every layer and the whole.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,48 +28,44 @@ from deltalab.core.shapes import Float
 from deltalab.deltas.adapt import base_weight, delta_entries, delta_weight
 from deltalab.deltas.base import weight_of
 from deltalab.deltas.select import layer_of
-
-Indices = Mapping[str, Tensor]
-"""Module path → flat indices (row · in + column), ascending, of a group's entries in that matrix."""
+from deltalab.measure.entry_sums import Draws, Indices, Listed, Stream, Terms, terms_of
 
 MEASURES = ("cosine", "cosine_distance", "l2", "l2_per_sqrt", "relative_mean", "relative_norm")
+ROW_MEASURES = ("cosine_distance", "l2_per_sqrt", "relative_mean", "relative_norm")
 EPSILON = 1e-8
 DENSE_ABOVE = 0.05
 """Share of a matrix's entries, over all groups together, from which the dense ΔW is cheaper than gathering from A and B."""
-CHUNK = 1 << 22
-CACHED_BYTES = 1 << 30
+TERMS_BYTES = 1 << 30
+"""The terms of a whole matrix are kept while it is measured if they are no larger; else they are formed draw by draw."""
+ROW_DRAWS = 20
+"""Draws of each null whose rows are pooled for distributions."""
 BAND = (0.025, 0.975)
 
 
-class Sums(NamedTuple):
-    """What drift is computed from: entries, ⟨w,w⟩, ⟨d,d⟩, ⟨w,d⟩, Σ|d|/(|w|+ε). They add up over parts of a group."""
+def measured(sums: Float[np.ndarray, "n five"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """The measures by name, from entries, ⟨w,w⟩, ⟨d,d⟩, ⟨w,d⟩, Σ|d|/(|w|+ε) of each of n sets; NaN where undefined.
 
-    entries: int
-    ww: float
-    dd: float
-    wd: float
-    relative: float
-
-    def measures(self) -> dict[str, float | None]:
-        """The measures by name; None where one is undefined (no entries, or all weights zero)."""
-        n, ww, dd, wd, relative = self
-        if n == 0:
-            return {"entries": 0, **dict.fromkeys(MEASURES)}
-        vv = max(ww + 2 * wd + dd, 0.0)
-        lengths, wv = math.sqrt(ww) * math.sqrt(vv), ww + wd
-        distance: float | None = None
-        if lengths > 0:
-            distance = 1 - wv / lengths if wv < 0 else max(ww * dd - wd * wd, 0.0) / (lengths * (lengths + wv))
+    Undefined: everything of no entries, and what divides by the weights' norm where they are all zero.
+    """
+    n, ww, dd, wd, relative = sums.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lengths, wv = np.sqrt(ww) * np.sqrt((ww + 2 * wd + dd).clip(0)), ww + wd
+        small = (ww * dd - wd * wd).clip(0) / (lengths * (lengths + wv))
+        distance = np.where(lengths > 0, np.where(wv < 0, 1 - wv / lengths, small), np.nan)
         return {
-            "entries": n, "cosine": None if distance is None else 1 - distance, "cosine_distance": distance, "l2": math.sqrt(dd),
-            "l2_per_sqrt": math.sqrt(dd / n), "relative_mean": relative / n, "relative_norm": math.sqrt(dd / ww) if ww > 0 else None,
-        }  # fmt: skip
+            "cosine": 1 - distance,
+            "cosine_distance": distance,
+            "l2": np.where(n > 0, np.sqrt(dd), np.nan),
+            "l2_per_sqrt": np.sqrt(dd / n),
+            "relative_mean": relative / n,
+            "relative_norm": np.where(ww > 0, np.sqrt(dd / ww), np.nan),
+        }
 
 
 def drift(w: Float[Tensor, " k"], d: Float[Tensor, " k"], epsilon: float = EPSILON) -> dict[str, float | None]:
-    """The measures of one set of entries from their start `w` and change `d`."""
-    terms = _terms(w.flatten(), d.flatten(), epsilon).sum(0).tolist()
-    return Sums(w.numel(), *terms).measures()
+    """The measures of one set of entries from their start `w` and change `d`; None where undefined."""
+    terms = terms_of(w.flatten(), d.flatten(), epsilon).sum(0).tolist()
+    return _json(np.array([w.numel(), *terms]))
 
 
 def snapshot(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -81,57 +76,81 @@ def snapshot(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
 class DriftProbe:
     """Measures the drift of groups, and of null groups for the band, every `every` steps of a training.
 
-    groups: name → group (module path → flat indices). nulls: name → groups drawn at random, 20 at the least for a band
-    and 39 for a two-sided test at .05. W0: path → weight at step 0; None for what the model was loaded with, which
-    `adapt` knows. epsilon: of the relative mean. dense_above: density from which ΔW is formed whole.
-    Raises: UserError if a null of another size than its fellows is given, or no group.
+    groups: name → group (module path → flat indices). nulls: name → groups drawn at random, as a list or as `Draws`
+    that are never all held: 20 at the least for a band, 39 for a two-sided test at .05, 999 for one corrected for many.
+    few: how many draws of each null a measurement takes if it is not told; None for all. W0: path → weight at step 0;
+    None for what the model was loaded with, which `adapt` knows. epsilon: of the relative mean. dense_above: density
+    from which ΔW is formed whole.
+    Raises: UserError for no group.
     """
 
     def __init__(
-        self, groups: Mapping[str, Indices], nulls: Mapping[str, Sequence[Indices]] | None = None, W0: Mapping[str, Tensor] | None = None,
-        every: int = 100, *, epsilon: float = EPSILON, dense_above: float = DENSE_ABOVE, name: str = "drift",
+        self, groups: Mapping[str, Indices], nulls: Mapping[str, Sequence[Indices] | Draws] | None = None,
+        W0: Mapping[str, Tensor] | None = None, every: int = 100, *, few: int | None = None,
+        epsilon: float = EPSILON, dense_above: float = DENSE_ABOVE, name: str = "drift",
     ) -> None:  # fmt: skip
         if not groups:
             raise UserError("no group to measure the drift of.", next="make one with deltalab.safety.groups.top")
-        self.name, self.every, self.epsilon, self.dense_above, self.W0 = name, every, epsilon, dense_above, W0
-        self.groups, self.nulls = dict(groups), {key: list(draws) for key, draws in (nulls or {}).items()}
-        self._sets: list[Indices] = [*self.groups.values(), *(draw for draws in self.nulls.values() for draw in draws)]
-        self.paths = list(dict.fromkeys(path for group in self._sets for path in group))
-        self._cache: dict[str, list[tuple[Tensor, list[int]]]] = {}
-        self._cached = 0
+        self.name, self.every, self.few, self.W0 = name, every, few, W0
+        self.epsilon, self.dense_above = epsilon, dense_above
+        self.groups = dict(groups)
+        self.nulls: dict[str, Draws] = {
+            key: Listed(draws) if isinstance(draws, Sequence) else draws for key, draws in (nulls or {}).items()
+        }
+        in_nulls = (path for null in self.nulls.values() for path in null.paths)
+        self.paths = list(dict.fromkeys([*(path for group in self.groups.values() for path in group), *in_nulls]))
 
-    def measure(self, model: nn.Module, step: int) -> dict[str, Any]:
-        """Drift now, as JSON.
+    @property
+    def most(self) -> int:
+        """Draws of the null that has the most: `measure(model, step, probe.most)` takes all."""
+        return max((len(null) for null in self.nulls.values()), default=0)
+
+    def measure(self, model: nn.Module, step: int, draws: int | None = None) -> dict[str, Any]:
+        """Drift now, as JSON. draws: of each null, the first so many; `few` of them if not given.
 
         {"groups": {name: {"overall", "layers": {layer: …}, "matrices": {path: …}}},
          "nulls": {name: {"draws", "overall": {measure: [one a draw]}, "band": {measure: {low, median, mean, high}},
                           "layers": {layer: {measure: {low, median, mean, high}}}}}}, bands from the 2.5 to the 97.5 % quantile.
         """
-        parts = {path: self._matrix(model, path) for path in self.paths}
-        layers = {path: layer_of(model, path) for path in self.paths}
-        out: dict[str, Any] = {"groups": {}, "nulls": {}}
-        for number, name in enumerate(self.groups):
-            sums = {path: parts[path][number] for path in self.paths}
-            out["groups"][name] = {"overall": _total(sums.values()).measures(),
-                                   "layers": {layer: total.measures() for layer, total in _by_layer(sums, layers).items()},
-                                   "matrices": {path: part.measures() for path, part in sums.items() if part.entries}}  # fmt: skip
-        first = len(self.groups)
-        for name, draws in self.nulls.items():
-            rows = [{path: parts[path][number] for path in self.paths} for number in range(first, first + len(draws))]
-            first += len(draws)
-            overall = _columns([_total(row.values()).measures() for row in rows])
-            per_layer = [_by_layer(row, layers) for row in rows]
-            out["nulls"][name] = {
-                "draws": len(draws), "overall": overall, "band": _bands(overall),
-                "layers": {layer: _bands(_columns([row[layer].measures() for row in per_layer])) for layer in (per_layer[0] if rows else ())},
-            }  # fmt: skip
-        return out
+        most = draws or self.few or self.most
+        sets = [(Listed([group]), 1) for group in self.groups.values()]
+        sets += [(null, min(len(null), most)) for null in self.nulls.values()]  # type: ignore[misc]
+        tables = [np.empty((len(self.paths), n, 5)) for _, n in sets]
+        for row, path in enumerate(self.paths):
+            streams = [Stream(of.indices(path), n) for of, n in sets]
+            terms = self._terms(model, path, sum(stream.expected for stream in streams))
+            for table, stream in zip(tables, streams, strict=True):
+                table[row] = stream.sums(terms)
+        layers: dict[str, list[int]] = defaultdict(list)
+        for row, path in enumerate(self.paths):
+            layer = layer_of(model, path)
+            layers["other" if layer is None else str(layer)].append(row)
+        groups, nulls = tables[: len(self.groups)], tables[len(self.groups) :]
+        return {
+            "groups": {
+                name: {
+                    "overall": _json(table.sum(0)[0]),
+                    "layers": {layer: _json(table[rows].sum(0)[0]) for layer, rows in layers.items()},
+                    "matrices": {path: _json(table[i, 0]) for i, path in enumerate(self.paths) if table[i, 0, 0]},
+                }
+                for name, table in zip(self.groups, groups, strict=True)
+            },
+            "nulls": {
+                name: {
+                    "draws": table.shape[1],
+                    "overall": {key: _plain(values) for key, values in measured(table.sum(0)).items()},
+                    "band": _bands(table.sum(0)),
+                    "layers": {layer: _bands(table[rows].sum(0)) for layer, rows in layers.items() if table.shape[1]},
+                }
+                for name, table in zip(self.nulls, nulls, strict=True)
+            },
+        }
 
     def distributions(self, model: nn.Module) -> dict[str, Any]:
         """How the drift is spread over the rows (output units) that a group has entries in, as JSON.
 
         {"groups" | "nulls": {name: {measure: {"rows", "mean", "sd", "quantiles": 101 values from 0 to 100 %}}}}; the rows
-        of all draws of a null are pooled.
+        of a null's first draws are pooled.
         """
         values = self.rows(model)
         return {
@@ -139,57 +158,52 @@ class DriftProbe:
             for kind, tables in values.items()
         }
 
-    def rows(self, model: nn.Module) -> dict[str, dict[str, dict[str, Float[Tensor, " rows"]]]]:
-        """The measures of every row that a group has entries in, matrices one after the other; see `distributions`."""
-        owners = [("groups", name) for name in self.groups] + [
-            ("nulls", name) for name, draws in self.nulls.items() for _ in draws
-        ]
-        found: dict[str, dict[str, list[Tensor]]] = {"groups": defaultdict(list), "nulls": defaultdict(list)}
-        for path in self.paths:
-            width = weight_of(model.get_submodule(path)).shape[1]
-            number = 0
-            for index, counts, terms in self._gathered(model, path):
-                for at, part in zip(index.split(counts), terms.split(counts), strict=True):
-                    kind, name = owners[number]
-                    number += 1
-                    rows, which = torch.unique(at.long() // width, return_inverse=True)
-                    table = torch.zeros(len(rows), 5, dtype=torch.float64)
-                    table.index_add_(
-                        0, which.cpu(), torch.cat([torch.ones(len(part), 1, dtype=torch.float64), part.cpu()], 1)
-                    )
-                    found[kind][name].append(table)
+    def rows(self, model: nn.Module, draws: int = ROW_DRAWS) -> dict[str, dict[str, dict[str, Float[Tensor, " rows"]]]]:
+        """The measures of every row that a group has entries in, matrices one after the other; see `distributions`.
+
+        draws: of each null, whose rows are pooled.
+        """
+        groups: dict[str, Draws] = {name: Listed([group]) for name, group in self.groups.items()}
         return {
-            kind: {name: _row_measures(torch.cat(tables)) for name, tables in by_name.items()}
-            for kind, by_name in found.items()
+            kind: {name: self._rows(model, of, draws) for name, of in sets.items()}
+            for kind, sets in (("groups", groups), ("nulls", self.nulls))
         }
 
-    def _matrix(self, model: nn.Module, path: str) -> list[Sums]:
-        """The sums of every set of entries in one matrix."""
-        sums: list[Sums] = []
-        for _, counts, terms in self._gathered(model, path):
-            lengths = torch.tensor(counts, device=terms.device)
-            totals = torch.segment_reduce(terms, "sum", lengths=lengths, axis=0, initial=0.0).tolist()
-            sums += [Sums(count, *total) for count, total in zip(counts, totals, strict=True)]
-        return sums
+    def _rows(self, model: nn.Module, of: Draws, draws: int) -> dict[str, Float[Tensor, " rows"]]:
+        tables = [torch.zeros(0, 5, dtype=torch.float64)]
+        for path in self.paths:
+            width = weight_of(model.get_submodule(path)).shape[1]
+            stream = Stream(of.indices(path), min(len(of), draws))
+            terms = self._terms(model, path, stream.expected)
+            for index in stream:
+                rows, which = torch.unique(index.long() // width, return_inverse=True)
+                values = torch.cat([torch.ones(len(index), 1, dtype=torch.float64), terms.at(index).cpu()], 1)
+                tables.append(torch.zeros(len(rows), 5, dtype=torch.float64).index_add_(0, which, values))
+        found = measured(torch.cat(tables).numpy())
+        return {measure: torch.from_numpy(found[measure]) for measure in ROW_MEASURES}
 
-    def _gathered(self, model: nn.Module, path: str) -> Iterator[tuple[Tensor, list[int], Float[Tensor, "k four"]]]:
-        """Indices, counts of the sets they belong to, and the four terms of each entry, some sets at a time.
-
-        ΔW is formed whole if the sets together hold more than `dense_above` of the matrix, else gathered.
-        """
+    def _terms(self, model: nn.Module, path: str, entries: int) -> Terms:
+        """What tells the four terms of any entries of one matrix, of which about `entries` will be asked for."""
         W0 = self._start(model, path)
-        shift = None if self.W0 is None else base_weight(model, path).double() - W0.double()
-        chunks = self._chunks(path)
-        entries = sum(len(index) for index, _ in chunks)
-        whole = delta_weight(model, path).flatten() if entries > self.dense_above * W0.numel() else None
-        flat = W0.flatten()
-        for stored, counts in chunks:
-            index = stored.to(flat.device)
-            change = delta_entries(model, path, index.long()) if whole is None else whole.index_select(0, index)
-            change = change.double()
+        shift = None if self.W0 is None else (base_weight(model, path).double() - W0.double()).flatten()
+        W0 = W0.flatten()
+        if entries > self.dense_above * W0.numel():
+            whole = delta_weight(model, path).flatten()
+            whole = whole if shift is None else whole.double() + shift
+            if entries > W0.numel() and 32 * W0.numel() <= TERMS_BYTES:
+                every = terms_of(W0, whole, self.epsilon)
+                return Terms(lambda index: every.index_select(0, index), W0.device, every)
+            return Terms(
+                lambda index: terms_of(W0.index_select(0, index), whole.index_select(0, index), self.epsilon), W0.device
+            )
+
+        def gathered(index: Tensor) -> Tensor:
+            change = delta_entries(model, path, index.long()).double()
             if shift is not None:
-                change = change + shift.flatten().index_select(0, index)
-            yield index, counts, _terms(flat.index_select(0, index), change, self.epsilon)
+                change = change + shift.index_select(0, index)
+            return terms_of(W0.index_select(0, index), change, self.epsilon)
+
+        return Terms(gathered, W0.device)
 
     def _start(self, model: nn.Module, path: str) -> Tensor:
         if self.W0 is None:
@@ -202,73 +216,27 @@ class DriftProbe:
             )
         return start.to(now.device)
 
-    def _chunks(self, path: str) -> list[tuple[Tensor, list[int]]]:
-        """The sets' indices in one matrix, joined until they are large, with their counts; kept while they are small."""
-        if path in self._cache:
-            return self._cache[path]
-        chunks = self._join(path)
-        size = sum(index.numel() * index.element_size() for index, _ in chunks)
-        if self._cached + size <= CACHED_BYTES:
-            self._cached += size
-            self._cache[path] = chunks
-        return chunks
 
-    def _join(self, path: str) -> list[tuple[Tensor, list[int]]]:
-        chunks: list[tuple[list[Tensor], list[int]]] = [([], [])]
-        for group in self._sets:
-            index = group[path] if path in group else torch.zeros(0, dtype=torch.int64)
-            if sum(chunks[-1][1]) + len(index) > CHUNK and chunks[-1][1]:
-                chunks.append(([], []))
-            small = index.to(torch.int32) if not len(index) or int(index[-1]) < 2**31 else index  # ascending
-            chunks[-1][0].append(small)
-            chunks[-1][1].append(len(index))
-        return [(torch.cat(indices), counts) for indices, counts in chunks]
+def _json(sums: Float[np.ndarray, " five"]) -> dict[str, float | None]:
+    """One set's entries and measures, None where undefined."""
+    return {"entries": int(sums[0]), **{key: _plain(values)[0] for key, values in measured(sums[None]).items()}}
 
 
-def _terms(w: Tensor, d: Tensor, epsilon: float) -> Float[Tensor, "k four"]:
-    """w², d², w·d and |d|/(|w|+ε) of each entry, in fp64."""
-    w, d = w.double(), d.double()
-    return torch.stack([w * w, d * d, w * d, d.abs() / (w.abs() + epsilon)], dim=1)
+def _plain(values: Float[np.ndarray, " n"]) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
-def _total(parts: Any) -> Sums:
-    return Sums(*(sum(column) for column in zip(*parts, strict=True)))
-
-
-def _by_layer(sums: Mapping[str, Sums], layers: Mapping[str, int | None]) -> dict[str, Sums]:
-    groups: dict[str, list[Sums]] = defaultdict(list)
-    for path, part in sums.items():
-        groups["other" if layers[path] is None else str(layers[path])].append(part)
-    return {layer: _total(parts) for layer, parts in groups.items()}
-
-
-def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
-    return {measure: [row[measure] for row in rows] for measure in MEASURES}
-
-
-def _bands(columns: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, float] | None]:
+def _bands(sums: Float[np.ndarray, "draws five"]) -> dict[str, dict[str, float] | None]:
     """Quantiles of the draws in which a measure is defined."""
     bands: dict[str, dict[str, float] | None] = {}
-    for measure, column in columns.items():
-        values = np.array([value for value in column if value is not None])
-        low, median, high = np.quantile(values, [BAND[0], 0.5, BAND[1]]).tolist() if len(values) else (0.0, 0.0, 0.0)
-        bands[measure] = (
-            {"low": low, "median": median, "mean": float(values.mean()), "high": high} if len(values) else None
-        )
+    for measure, column in measured(sums).items():
+        values = column[~np.isnan(column)]
+        if not len(values):
+            bands[measure] = None
+            continue
+        low, median, high = np.quantile(values, [BAND[0], 0.5, BAND[1]]).tolist()
+        bands[measure] = {"low": low, "median": median, "mean": float(values.mean()), "high": high}
     return bands
-
-
-def _row_measures(table: Float[Tensor, "rows five"]) -> dict[str, Float[Tensor, " rows"]]:
-    """`Sums.measures` of many rows at once; NaN where undefined."""
-    n, ww, dd, wd, relative = table.unbind(1)
-    lengths, wv = (ww * (ww + 2 * wd + dd).clamp_min(0)).sqrt(), ww + wd
-    distance = torch.where(wv < 0, 1 - wv / lengths, (ww * dd - wd * wd).clamp_min(0) / (lengths * (lengths + wv)))
-    return {
-        "cosine_distance": distance,
-        "l2_per_sqrt": (dd / n).sqrt(),
-        "relative_mean": relative / n,
-        "relative_norm": (dd / ww).sqrt(),
-    }
 
 
 def _summary(values: Float[Tensor, " rows"]) -> dict[str, Any]:

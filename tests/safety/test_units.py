@@ -1,0 +1,287 @@
+"""Units against loops over every entry: whose it is, its unit's mean, and the top of them, on real and random models."""
+
+import pytest
+import torch
+import transformers
+
+from deltalab.core.errors import UserError
+from deltalab.deltas.base import weight_of
+from deltalab.models.load import load
+from deltalab.safety.groups import difference, top
+from deltalab.safety.units import Units, units_of
+from tests.helpers import SHARED, tiny_gpt2, tiny_llama
+
+KINDS = ("row", "column", "mlp-unit", "head")
+
+
+def head_of(model, path, row, column):
+    """The head that an entry of a plain Llama belongs to, from how transformers reshapes q, k, v and the output."""
+    config, name = model.config, path.rsplit(".", 1)[-1]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shared = config.num_key_value_heads != config.num_attention_heads
+    if name == "q_proj" or (name in ("k_proj", "v_proj") and not shared):
+        return row // size
+    return column // size if name == "o_proj" else None
+
+
+def owner(model, kind, path, row, column):
+    """(family, unit) of one entry, or None."""
+    parent, _, name = path.rpartition(".")
+    match kind:
+        case "row":
+            return path, row
+        case "column":
+            return path, column
+        case "mlp-unit":
+            return {"gate_proj": (parent, row), "up_proj": (parent, row), "down_proj": (parent, column)}.get(name)
+    head = head_of(model, path, row, column)
+    return None if head is None else (parent, head)
+
+
+def owners(model, kind, shapes):
+    """path → for each flat entry its (family, unit)."""
+    return {
+        path: [owner(model, kind, path, row, column) for row in range(out) for column in range(in_)]
+        for path, (out, in_) in shapes.items()
+    }
+
+
+def brute_top(means, q, per):
+    """The units of the largest means, the first of equal ones, by sorting. means: (family, unit) → mean, in order."""
+    order = {unit: i for i, unit in enumerate(means)}
+    families = {} if per == "matrix" else {None: list(means)}
+    if per == "matrix":
+        for unit in means:
+            families.setdefault(unit[0], []).append(unit)
+    chosen = set()
+    for units in families.values():
+        k = int(q * len(units) + 0.5)
+        chosen |= set(sorted(units, key=lambda u: (-means[u], order[u]))[:k])
+    return chosen
+
+
+def check(model, kind, values, q, per):
+    units = units_of(model, kind)
+    whose = owners(model, kind, units.shapes)
+    sums, counts = {}, {}
+    for path in units.shapes:
+        for entry, value in zip(whose[path], values[path].double().flatten().tolist(), strict=True):
+            if entry is not None:
+                sums[entry] = sums.get(entry, 0.0) + value
+                counts[entry] = counts.get(entry, 0) + 1
+    means = units.means(values)
+    in_order = {(name, u): sums[name, u] / counts[name, u] for name, n in units.counts.items() for u in range(n)}
+    assert len(in_order) == len(sums)
+    for name, mean in means.items():
+        want = torch.tensor([in_order[name, u] for u in range(len(mean))], dtype=torch.float64)
+        assert torch.allclose(mean, want, rtol=1e-12, atol=0)
+    exact = {(name, u): float(mean[u]) for name, mean in means.items() for u in range(len(mean))}
+    chosen = brute_top(exact, q, per)
+    group = top(values, q, per, units=units)
+    for path in group:
+        assert group[path].tolist() == [i for i, entry in enumerate(whose[path]) if entry in chosen]
+    assert (group.unit, group.info["units"], group.info["of_units"]) == (kind, len(chosen), len(exact))
+    assert group.fraction == sum(counts[unit] for unit in chosen) / sum(v.numel() for v in values.values())
+    taken = units.of_group(group)
+    assert {(name, int(u)) for name in taken for u in taken[name]} == chosen
+
+
+def values_of(units, levels=None, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    values = {path: torch.rand(shape, generator=rng) for path, shape in units.shapes.items()}
+    return values if levels is None else {path: (value * 0 + 1) for path, value in values.items()}
+
+
+@pytest.mark.parametrize("per", ["matrix", "global"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["own keys", "grouped queries"])
+def test_units_are_those_of_a_loop_over_entries(kind, per, heads):
+    model = tiny_llama(heads=heads[0], kv_heads=heads[1])
+    check(model, kind, values_of(units_of(model, kind)), 0.25, per)
+
+
+@pytest.mark.parametrize("per", ["matrix", "global"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_equal_units_the_first_are_taken(kind, per):
+    model = tiny_llama()
+    check(model, kind, values_of(units_of(model, kind), levels=1), 0.3, per)
+
+
+def scored(model, score):
+    """Magnitudes, and magnitudes times the norm of random inputs as Wanda's, of a real model's weights."""
+    rng = torch.Generator().manual_seed(3)
+    shapes = units_of(model, "entry").shapes
+    weights = {path: model.get_submodule(path).weight.detach().abs() for path in shapes}
+    if score == "magnitude":
+        return weights
+    return {path: w * torch.randn(64, w.shape[1], generator=rng).norm(dim=0) for path, w in weights.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["matrix", "global"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+def test_units_of_the_organism(kind, per, score):
+    model, _ = load("organism")
+    check(model, kind, scored(model, score), 0.25, per)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(SHARED is None, reason="the models beside the project are not there")
+@pytest.mark.parametrize("per", ["matrix", "global"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+def test_units_of_a_trained_model(kind, per, score):
+    model, _ = load(str(SHARED / "models" / "tok361_hf"))
+    check(model, kind, scored(model, score), 0.125, per)
+
+
+def zeroed(model, units, family, unit):
+    """Set one unit's entries to zero in the model."""
+    with torch.no_grad():
+        for path, owning in units.owner.items():
+            if owning.name == family:
+                index = units.entries(path, torch.tensor([unit]))
+                flat = weight_of(model.get_submodule(path)).clone().flatten()
+                flat[index] = 0
+                weight_of(model.get_submodule(path)).copy_(flat.view(units.shapes[path]))
+
+
+def gpt_neox():
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=270,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.GPTNeoXForCausalLM(config).eval()
+
+
+def phi3():
+    config = transformers.Phi3Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+        vocab_size=270, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+def opt():
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=270, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config).eval()
+
+
+def explicit_head_dim():
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        intermediate_size=48, vocab_size=270, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_gpt2, gpt_neox, phi3, opt, explicit_head_dim], ids=lambda build: build.__name__
+)
+def test_a_head_without_its_entries_gives_nothing(build):
+    """Zeroing head h silences head h in the attention's output, and no other: seen at the input of the output matrix."""
+    model = build()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    units = units_of(model, "head")
+    assert set(units.counts.values()) == {4}
+    ids = torch.randint(5, 200, (1, 7))
+    family = next(iter(units.families.values()))
+    output = model.get_submodule(family.parts[-1].path)
+    size = units.shapes[family.parts[-1].path][1] // 4
+    kept = {}
+    output.register_forward_pre_hook(lambda _, args: kept.update(x=args[0].detach().clone()))
+
+    def heads():
+        model(input_ids=ids)
+        return kept["x"].view(1, 7, 4, size)
+
+    before = heads()
+    zeroed(model, units, family.name, 2)
+    after = heads()
+    untouched = [0, 1, 3]
+    assert torch.equal(after[:, :, untouched], before[:, :, untouched])
+    if units.note:  # grouped queries: the values stay, the attention is flat
+        assert not torch.allclose(after[:, :, 2], before[:, :, 2])
+    else:
+        assert after[:, :, 2].abs().max() == 0
+    columns = weight_of(output).view(-1, 4, size)
+    assert columns[:, 2].abs().max() == 0
+    assert columns[:, untouched].abs().min() > 0
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, gpt_neox, opt], ids=lambda build: build.__name__)
+def test_an_mlp_unit_without_its_entries_is_silent(build):
+    model = build()
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.zeros_like(parameter) if name.endswith("bias") else torch.randn_like(parameter) * 0.2
+    units = units_of(model, "mlp-unit")
+    family = next(iter(units.families.values()))
+    last = model.get_submodule(family.parts[-1].path)
+    kept = {}
+    last.register_forward_pre_hook(lambda _, args: kept.update(x=args[0].detach().clone()))
+    ids = torch.randint(5, 200, (1, 7))
+    model(input_ids=ids)
+    before = kept["x"].reshape(7, -1)
+    zeroed(model, units, family.name, 5)
+    model(input_ids=ids)
+    after = kept["x"].reshape(7, -1)
+    assert after.shape[1] == family.size
+    assert after[:, 5].abs().max() == 0
+    others = [i for i in range(family.size) if i != 5]
+    assert torch.equal(after[:, others], before[:, others])
+    assert weight_of(last)[:, 5].abs().max() == 0
+
+
+def test_what_cannot_be_parted_is_refused_by_name():
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp' of .* cannot be parted into mlp-unit"):
+        units_of(phi3(), "mlp-unit")
+    strange = tiny_llama()
+    strange.model.layers[1].self_attn.gate = torch.nn.Linear(32, 32)
+    with pytest.raises(UserError, match=r"'model\.layers\.1\.self_attn' of .* cannot be parted into head"):
+        units_of(strange, "head")
+    wide = tiny_llama()
+    wide.config.head_dim = 16
+    with pytest.raises(UserError, match="cannot be parted into head"):
+        units_of(wide, "head")
+    with pytest.raises(UserError, match="'neuron' is no unit"):
+        units_of(wide, "neuron")
+
+
+def test_grouped_queries_are_said():
+    assert "belong to no head" in str(units_of(tiny_llama(), "head"))
+    assert units_of(tiny_llama(kv_heads=4), "head").note == ""
+    assert "head: 8 units in 2 families of 4" in str(units_of(tiny_llama(), "head"))
+
+
+def test_units_that_cannot_be_chosen():
+    model = tiny_llama()
+    units = units_of(model, "row")
+    values = values_of(units)
+    with pytest.raises(UserError, match="do not lie in one row"):
+        top(values, 0.1, "row", units=units)
+    with pytest.raises(UserError, match="less than one head unit"):
+        top(values, 0.05, units=units_of(model, "head"))
+    values.pop("model.layers.0.mlp.up_proj")
+    with pytest.raises(UserError, match=r"need 'model\.layers\.0\.mlp\.up_proj'"):
+        top(values, 0.25, units=units_of(model, "mlp-unit"))
+    assert isinstance(units_of(model, "entry"), Units)
+    assert top(values, 0.1, units=units_of(model, "entry")).info == top(values, 0.1).info
+
+
+def test_the_difference_of_units():
+    model = tiny_llama()
+    units = units_of(model, "mlp-unit")
+    a, b = values_of(units, seed=1), values_of(units, seed=2)
+    got = difference(a, b, p=0.3, q=0.4, units=units)
+    safe, useful = (units.of_group(top(v, q, units=units)) for v, q in ((a, 0.4), (b, 0.3)))
+    for family, taken in units.of_group(got).items():
+        assert set(taken.tolist()) == set(safe[family].tolist()) - set(useful[family].tolist())
+    assert (got.unit, got.asked) == ("mlp-unit", 0.4)
