@@ -98,6 +98,14 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch
     assert doctor.as_text(list(checks.values())).endswith("    next: pip install -e .")
 
 
+@pytest.mark.parametrize(("works", "said"), [(True, "works on the processor"), (False, "ONEDNN_MAX_CPU_ISA=AVX512")])
+def test_bfloat16_is_tried_and_told(works: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltalab.models.precision.cpu_multiplies_bfloat16", lambda: works)
+    (check,) = [check for check in doctor.machine() if check.name == "bfloat16"]
+    assert check.ok is None
+    assert said in check.detail
+
+
 def test_little_memory_and_disk_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_memory_limit", lambda: 2**28)
     monkeypatch.setattr(doctor, "free_bytes", lambda _: 2**20)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import deltalab as dl
 from deltalab.models import load as load_module
+from deltalab.models import precision
 from deltalab.models.generate import generate
-from deltalab.models.load import load, model_digest
+from deltalab.models.load import load, load_tokenizer, model_digest
 from tests.deltas.perturb import perturbed
 from tests.helpers import SHARED, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
 
@@ -43,6 +44,37 @@ def test_a_folder_loads(folder):
 def test_dtypes(folder, dtype, want):
     tiny_llama(dtype=torch.bfloat16).save_pretrained(folder)
     assert load(folder, dtype=dtype)[0].dtype is want
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])
+def test_bfloat16_is_refused_where_a_product_would_end_the_process(folder, dtype, monkeypatch):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(folder)
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    refused(
+        folder,
+        r"(?s)bfloat16 does not work on this CPU.*ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or dtype='float32'",
+        dtype=dtype,
+    )
+    assert load(folder)[0].dtype is torch.float32
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # there it may be moved to
+    assert load(folder, dtype=dtype)[0].dtype is torch.bfloat16
+
+
+def test_config_and_tokenizer_without_the_weights(folder, monkeypatch):
+    model, tokenizer = load(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    config, same = load_tokenizer(folder)
+    assert config.max_position_embeddings == model.config.max_position_embeddings
+    assert (same.get_vocab(), same.pad_token, same.chat_template) == (
+        tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.chat_template
+    )  # fmt: skip
+    assert load_tokenizer("organism")[1].pad_token is not None
+    with pytest.raises(dl.UserError, match="nearest"):
+        load_tokenizer("organism:chatt")
+    (folder / "config.json").write_text('{"model_type": "nothing of the kind"}')
+    with pytest.raises(dl.UserError, match="cannot be loaded"):
+        load_tokenizer(folder)
 
 
 def test_an_unknown_dtype(folder):

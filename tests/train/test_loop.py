@@ -14,7 +14,8 @@ from deltalab.deltas import LoRA
 from deltalab.deltas.adapt import adapt
 from deltalab.deltas.freeze import freeze
 from deltalab.deltas.peft_format import trained_state
-from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, precision, train
+from deltalab.models import precision
+from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, train
 from deltalab.train.checkpoint import Checkpoints
 from deltalab.train.loss import nll_sum
 from deltalab.train.optim import factor, make_optimizer

@@ -182,6 +182,14 @@ def test_preview(place, tmp_path, capsys):
     assert "there is no sample 99" in capsys.readouterr().err
 
 
+def test_preview_reads_no_weights(place, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    call("preview", place / "spec.yaml", "-n", "1")
+    assert "  context     128 tokens" in capsys.readouterr().out
+    call("preview", place / "spec.yaml", "run.context=500", code=2)
+    assert "run.context is 500, and the model has 128 positions" in capsys.readouterr().err
+
+
 def test_preview_marks_exactly_what_counts(tmp_path, place, capsys):
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a b", "response": "c\nd"}]))
     call("preview", place / "spec.yaml", f"data.0.path={tmp_path / 'a.json'}")

@@ -132,6 +132,7 @@ def machine() -> Iterator[Check]:
         yield Check("machine", "mps", None, "Apple GPU")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         yield Check("machine", "accelerator", None, "none: everything runs on the processor")
+    yield _bfloat16()
     memory, limit = psutil.virtual_memory(), _memory_limit()
     free = min(memory.available, limit or memory.available)
     yield Check("machine", "memory", free >= NEEDED, f"{free / GIB:.1f} GiB free of {min(memory.total, limit or memory.total) / GIB:.1f}",
@@ -280,6 +281,15 @@ def _bundled() -> Check:
         )
     size = sum(parameter.numel() for parameter in model.parameters())
     return Check("self-test", "bundled model", True, f"{size / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
+
+
+def _bfloat16() -> Check:
+    """Whether the processor computes in bfloat16. Not judged: everything runs in float32 unless asked."""
+    from deltalab.models.precision import BROKEN, REMEDY, cpu_multiplies_bfloat16
+
+    works = cpu_multiplies_bfloat16()
+    detail = "works on the processor" if works else f"not on the processor: {BROKEN}; {REMEDY}, or stay with float32"
+    return Check("machine", "bfloat16", None, detail)
 
 
 def _version(name: str) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json
 from deltalab.deltas.adapt import base_state
+from deltalab.models.precision import require_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUNDLED = "organism"
@@ -40,33 +41,24 @@ def load(
 
     name: a folder, a hub name, or the bundled `organism` (the same as `organism:chat`) and `organism:base`.
     dtype: None is float32, in which measures are defined; "auto" is the file's own.
-    Raises: UserError if a file is missing, cut off or pickled, if the file's tensors are not the model's, or the hub
-    cannot be reached.
+    Raises: UserError if a file is missing, cut off or pickled, if the file's tensors are not the model's, the hub
+    cannot be reached, or the model is bfloat16 where nothing here computes in it.
     """
     name = str(name)
     wanted = _dtype(dtype)
-    bundled = name.split(":")[0] == BUNDLED
-    source = _bundled(name) if bundled else name
-    if bundled or Path(source).exists() or source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser())
-        check_folder(Path(source))
+    source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=wanted,
-                device_map=device_map,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )  # fmt: skip - another shape is told below, by name
-    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise _not_loaded(name, error) from error
+    with _told(name), _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=wanted,
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip - another shape is told below, by name
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
         what = (
@@ -77,9 +69,28 @@ def load(
         raise UserError(f"the weights of '{name}' are not those of a {type(model).__name__}: the file {what}.",
                         found=f"{len(info['unexpected_keys'])} tensors not expected", next="check config.json, or load the model that the weights belong to")  # fmt: skip
     _pad(model, tokenizer)
-    if bundled:
+    if model.dtype is torch.bfloat16 and not torch.accelerator.is_available():
+        require_bfloat16(model.device, "dtype='float32'")
+    if _is_bundled(name):
         model.config._name_or_path = name  # the folder depends on the machine
     return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[transformers.PretrainedConfig, transformers.PreTrainedTokenizerBase]:
+    """The config of a model and its tokenizer with a pad token, as `load` gives them, without the weights.
+
+    Raises: UserError as `load`; of the weights it is looked at only whether their files are there and whole.
+    """
+    name = str(name)
+    source = _source(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _told(name), _quiet():
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    _pad_token(tokenizer)
+    return config, tokenizer
 
 
 def model_digest(model: nn.Module) -> str:
@@ -142,6 +153,19 @@ def _weight_files(folder: Path, there: list[str], found: str) -> list[Path]:
     return [folder / name for name in shards]
 
 
+def _is_bundled(name: str) -> bool:
+    return name.split(":")[0] == BUNDLED
+
+
+def _source(name: str) -> str:
+    """Where transformers finds the model: a folder that was checked, or a name of the hub."""
+    source = _bundled(name) if _is_bundled(name) else name
+    if _is_bundled(name) or Path(source).exists() or source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        check_folder(Path(source))
+    return source
+
+
 def _bundled(name: str) -> str:
     """The folder of a bundled model: `organism/weights/<name>` in the package."""
     which = name.partition(":")[2] or "chat"
@@ -166,12 +190,28 @@ def _dtype(dtype: str | torch.dtype | None) -> Any:
 
 
 def _pad(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """A pad token for batches: the end token where the tokenizer has none."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    """A pad token for batches, known to the model too."""
+    _pad_token(tokenizer)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
+
+
+def _pad_token(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """The end token where the tokenizer has no pad token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What transformers raises while it loads, as a user's error."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _not_loaded(name, error) from error
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:

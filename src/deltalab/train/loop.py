@@ -26,6 +26,7 @@ from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.models.precision import require_bfloat16
 from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
 from deltalab.train.curves import Curves
@@ -33,7 +34,6 @@ from deltalab.train.devices import cpu_only
 from deltalab.train.interrupts import interrupts
 from deltalab.train.loss import count, mean_nll, nll_sum
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
-from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import Progress
 from deltalab.train.result import State, TrainResult
 from deltalab.train.spec import LoopSpec

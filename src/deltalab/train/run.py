@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.errors import UserError
 from deltalab.core.files import owned, remove
@@ -21,11 +21,11 @@ from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
 from deltalab.models.load import load, model_digest
+from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.devices import processes
 from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
-from deltalab.train.precision import require_bfloat16
 from deltalab.train.progress import say
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import LoopSpec, TrainSpec
@@ -53,11 +53,11 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
             return home / "record.json"
         began = time.monotonic()
         conversations, tests = read_data(spec)
+        if spec.run.dtype == "bfloat16":
+            require_bfloat16(processes().device)
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
         # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
         model, tokenizer = load(spec.model, dtype="float32" if own_weights else spec.run.dtype)
-        if spec.run.dtype == "bfloat16":
-            require_bfloat16(processes().device)
         base = model_digest(model)
         device = processes().device
         adapt(model.to(device), spec.adapt, seed=spec.seed)
@@ -130,12 +130,12 @@ def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return values
 
 
-def context_of(model: torch.nn.Module, spec: LoopSpec) -> int:
-    """The longest sample in tokens.
+def context_of(model: torch.nn.Module | PretrainedConfig, spec: LoopSpec) -> int:
+    """The longest sample in tokens, for a model or its config.
 
     Raises: UserError if the spec asks for more than the model has positions.
     """
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    most = getattr(getattr(model, "config", model), "max_position_embeddings", None)
     asked = spec.run.context
     if most is not None and asked is not None and asked > most:
         raise UserError(

@@ -14,13 +14,18 @@ import torch
 
 from deltalab.core.errors import UserError
 
+BROKEN = "its first product ends the process"
+REMEDY = "set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
 
-def require_bfloat16(device: torch.device) -> None:
-    """Raises: UserError if a bfloat16 product on the CPU ends the process that computes it."""
+
+def require_bfloat16(device: torch.device, instead: str = "run.dtype=float32") -> None:
+    """Raises: UserError if a bfloat16 product on the CPU ends the process that computes it. instead: what else helps."""
     if device.type == "cpu" and not cpu_multiplies_bfloat16():
-        raise UserError("bfloat16 does not work on this CPU: its first product ends the process.",
-                        found="matrix instructions (AMX) that the processor announces and the system blocks",
-                        next="set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or run.dtype=float32")  # fmt: skip
+        raise UserError(
+            f"bfloat16 does not work on this CPU: {BROKEN}.",
+            found="matrix instructions (AMX) that the processor announces and the system blocks",
+            next=f"{REMEDY}, or {instead}",
+        )
 
 
 @functools.cache
