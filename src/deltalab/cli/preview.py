@@ -25,12 +25,12 @@ def command(
     from deltalab.core.errors import UserError
     from deltalab.core.spec import override, read_yaml
     from deltalab.data.chat import encode_all
-    from deltalab.models.load import load
+    from deltalab.models.load import load_tokenizer
     from deltalab.train.run import context_of, hold_out, read_data
 
     plan = training_part(override(read_yaml(spec), overrides or []), str(spec))
-    model, tokenizer = load(plan.model, dtype="auto")
-    context = context_of(model, plan)
+    config, tokenizer = load_tokenizer(plan.model)
+    context = context_of(config, plan)
     conversations, tests = read_data(plan)
     samples = encode_all(tokenizer, conversations, context, plan.run.too_long)
     if start > len(samples):
