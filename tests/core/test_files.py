@@ -219,9 +219,9 @@ def test_processes_that_may_not_be_signalled_count_as_alive(monkeypatch: pytest.
     def forbidden(*_: int) -> None:
         raise PermissionError
 
-    assert files._alive(os.getpid())
+    assert files.alive(os.getpid())
     monkeypatch.setattr(files.os, "kill", forbidden)
-    assert files._alive(os.getpid())
+    assert files.alive(os.getpid())
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _sweep(path: Path) -> None:
     """Remove the temporary files beside `path` whose process is gone."""
     for left in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
         pid = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             remove(left)
 
 
@@ -157,7 +157,8 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number, another user's included."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
