@@ -46,14 +46,17 @@ MUTANTS = [
     Mutant(
         "absolute value taken after the mean",
         (
-            ("safety/scores.py", "total += change.abs_().to(total.device)", "total += change.to(total.device)"),
-            ("safety/scores.py", 'total.div_(manifest["samples"])', 'total.div_(manifest["samples"]).abs_()'),
-            ("safety/scores.py", 'self.sums.pop(path) / manifest["samples"]', '(self.sums.pop(path) / manifest["samples"]).abs()'),
+            ("safety/snip.py", "total += gradient.abs_()", "total += gradient"),
+            ("safety/snip.py", "total.mul_(magnitude).div_(n)", "total.mul_(magnitude).div_(n).abs_()"),
         ),
         ("tests/safety/test_scores.py",),
     ),
     mutant(
-        "positions of the score off by one", "safety/scores.py", "predicts = labels[1:] != IGNORED", "predicts = labels[:-1] != IGNORED",
+        "positions of the score off by one", "safety/calibration.py", "predicts = labels[1:] != IGNORED", "predicts = labels[:-1] != IGNORED",
+        "tests/safety/test_scores.py",
+    ),
+    mutant(
+        "Wanda's norm squared", "safety/score_files.py", "self._squares(path).sqrt().to(magnitude.dtype)", "self._squares(path).to(magnitude.dtype)",
         "tests/safety/test_scores.py",
     ),
     mutant(
