@@ -202,7 +202,6 @@ def test_preview_of_a_study_shows_its_tuning(place, tmp_path, capsys):
     values = yaml.safe_load((place / "spec.yaml").read_text())
     study = {
         "model": values.pop("model"),
-        "seed": 3,
         "score": {"score": "snip"},
         "tune": {k: values[k] for k in ("adapt", "data", "optim")},
     }
