@@ -8,20 +8,23 @@ import pytest
 import torch
 
 from deltalab.core.errors import UserError
-from deltalab.core.spec import build, load_spec
+from deltalab.core.spec import build, load_spec, read_yaml
 from deltalab.data.chat import encode_all
 from deltalab.deltas.adapt import delta_weight, merged_weight
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.models.load import load
-from deltalab.safety.groups import Group, difference, top
+from deltalab.safety.group import Group
+from deltalab.safety.groups import difference, top
+from deltalab.safety.overlap import jaccard
 from deltalab.safety.scores import snip
+from deltalab.studies import module_of
 from deltalab.studies.drift import DriftStudySpec, run_study
 from tests.helpers import ROOT, byte_tokenizer, tiny_llama
 
 
 def spec_of(model: Path, **changes) -> DriftStudySpec:
     values = {
-        "model": str(model), "score": {"samples": 4}, "groups": {"q": 0.2, "p": 0.1, "nulls": 20},
+        "model": str(model), "score": {"samples": 4}, "groups": {"q": 0.2, "p": 0.1, "nulls": 120},
         "safety": [{"task": "refusals", "limit": 4}], "utility": [{"task": "skills", "n": 4}],
         "tune": {"adapt": [{"method": "lora", "r": 2, "targets": "all-linear"}], "data": [{"task": "benign", "n": 12}],
                  "optim": {"steps": 4, "batch": 2, "lr": 1e-2}, "drift_every": 2},
@@ -46,7 +49,7 @@ def folder(tmp_path_factory, model) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # the report's pictures have their own tests
         patch.setattr("deltalab.report.page.inline", lambda panel, number: "<svg></svg>")
         patch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
-        run_study(spec_of(model), out, say=lambda line: None)
+        run_study(spec_of(model), out, jobs=1, say=lambda line: None)
     return out
 
 
@@ -89,7 +92,9 @@ def test_groups_are_those_of_the_scores(folder, model, record):
     loaded, tokenizer = load(model)
     spec = spec_of(model)
     scores = {
-        name: snip(loaded, encode_all(tokenizer, [c for task in getattr(spec, name) for c in task.train()], 512))
+        name: snip(
+            loaded, encode_all(tokenizer, [c for task in getattr(spec, name) for c in task.train()], 512), halves=True
+        )
         for name in ("safety", "utility")
     }
     want = {
@@ -103,6 +108,20 @@ def test_groups_are_those_of_the_scores(folder, model, record):
         assert record["groups"][name]["entries"] == group.count
     matched = Group.load(folder / "groups/matched")
     assert matched.counts == want["safety-only"].counts
+    rest = Group.load(folder / "groups/complement")
+    assert all(torch.equal(rest.mask(path), ~want["safety-only"].mask(path)) for path in rest)
+
+
+def test_overlaps_stand_between_their_floor_and_their_ceiling(folder, model, record):
+    loaded, tokenizer = load(model)
+    data = encode_all(tokenizer, [c for task in spec_of(model).safety for c in task.train()], 512)
+    even, odd = (top(half, 0.2) for half in snip(loaded, data, halves=True).halves)
+    found = next(o for o in record["overlaps"] if (o["a"], o["b"]) == ("safety", "utility"))
+    assert found["ceilings"][0] == pytest.approx(jaccard(even, odd))
+    a, b = (Group.load(folder / "groups" / name) for name in ("safety", "utility"))
+    assert found["jaccard"] == pytest.approx(jaccard(a, b))
+    assert found["independent"] == pytest.approx(0.2 / 2 / (1 - 0.2 / 2), rel=0.05)
+    assert {row["level"] for row in found["table"]} == {"layer", "kind"}
 
 
 @pytest.mark.parametrize("arm", ["free", "frozen", "control"])
@@ -138,8 +157,11 @@ def test_curves_begin_at_nothing_and_have_their_band(record):
     assert [row["step"] for row in curves] == [0, 2, 4]
     assert all(group["l2"] == 0 for group in curves[0]["groups"].values())
     assert curves[-1]["groups"]["safety"]["l2"] > 0
-    assert curves[-1]["nulls"]["safety-only"]["draws"] == 20
-    assert len(record["arms"]["free"]["against"]["safety-only"]["draws"]) == 20
+    assert {kind: null["draws"] for kind, null in curves[-1]["nulls"].items()} == {"magnitude": 99, "utility": 99}
+    for kind in ("magnitude", "utility"):
+        end = record["arms"]["free"]["final"][kind]
+        assert len(end["draws"]) == end["n"] == 120
+        assert sum(end["draws"]) == pytest.approx(120)
 
 
 def test_counts_of_replies_are_those_on_disk(folder, record):
@@ -171,7 +193,7 @@ def test_an_adapter_read_back_answers_as_the_tuned_model_did(folder, model, tmp_
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "evaluate-control")
-    ctx = run_study(spec_of(model), again, only="evaluate:control", say=lambda line: None)
+    ctx = run_study(spec_of(model), again, only="evaluate:control", jobs=1, say=lambda line: None)
     assert (
         ctx.results["evaluate:control"] == json.loads((folder / "evaluate-control/result.json").read_text())["result"]
     )
@@ -180,10 +202,10 @@ def test_an_adapter_read_back_answers_as_the_tuned_model_did(folder, model, tmp_
 def test_another_model_under_the_same_name_is_refused(folder, model, tmp_path):
     swapped, again = tmp_path / "model", tmp_path / "again"
     shutil.copytree(model, swapped)
-    run_study(spec_of(swapped), again, until="scores", say=lambda line: None)
+    run_study(spec_of(swapped), again, until="scores", jobs=1, say=lambda line: None)
     tiny_llama(context=512, seed=1).save_pretrained(swapped)
     with pytest.raises(UserError, match="stage 'scores'") as caught:
-        run_study(spec_of(swapped), again, say=lambda line: None)
+        run_study(spec_of(swapped), again, jobs=1, say=lambda line: None)
     assert "model: '" in caught.value.found
 
 
@@ -194,7 +216,7 @@ def test_full_tuning_is_frozen_exactly(model, tmp_path, monkeypatch):
                    tune={"adapt": [{"method": "train", "what": "full"}], "data": [{"task": "benign", "n": 12}],
                          "optim": {"steps": 3, "batch": 2, "lr": 1e-2, "weight_decay": 0.1}, "drift_every": 3},
                    evaluate={"prompts": ["advbench"], "limit": 2, "skills": 0, "max_new_tokens": 2})  # fmt: skip
-    ctx = run_study(spec, tmp_path / "out", say=lambda line: None)
+    ctx = run_study(spec, tmp_path / "out", jobs=1, say=lambda line: None)
     frozen = ctx.results["tune:frozen"]
     assert (frozen["freeze"]["held"], frozen["freeze"]["max_change"]) == (True, 0.0)
     assert frozen["curves"][-1]["groups"]["safety"]["l2"] == 0
@@ -222,9 +244,15 @@ def test_the_demo_is_the_spec_that_users_copy():
     assert [arm.freeze for arm in spec.arms] == ["none", "delta_mask", "delta_mask"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("drift-*.yaml")), ids=lambda p: p.name)
-def test_examples_are_specs(path):
-    assert load_spec(DriftStudySpec, path).arms[0].freeze == "none"
+SPECS = [*sorted((ROOT / "examples").glob("*.yaml")), *sorted((ROOT / "src/deltalab/studies/specs").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: f"{p.parent.name}-{p.name}")
+@pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
+def test_examples_and_presets_are_specs(path, quick):
+    module = module_of(read_yaml(path)["study"])
+    spec = load_spec(module.SPEC, path, module.QUICK if quick else ())
+    assert spec.arms[0].freeze == "none"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +261,12 @@ def test_examples_are_specs(path):
         ({"arms": [{"name": "frozen", "freeze": "delta_mask"}]}, "the first arm freezes nothing"),
         ({"arms": [{"name": "free"}, {"name": "free", "freeze": "delta_mask"}]}, "two arms have one name"),
         ({"arms": [{"name": "free"}, {"name": "more"}]}, "two arms freeze the same group"),
+        ({"seeds": [1, 1]}, "two seeds are the same"),
+        ({"groups": {"unit": "head", "nulls": 20}}, "a share of each row has no head"),
+        (
+            {"arms": [{"name": "free"}, {"name": "x", "freeze": "delta_mask", "lr": 0.1}]},
+            "the first arm with lr 0.1 freezes nothing",
+        ),
         ({"arms": [{"name": "before"}]}, "no arm may be called 'before'"),
         ({"arms": [{"name": "free"}, {"name": "x", "freeze": "exact"}]}, "freezes 'exact'"),
         ({"evaluate": {"prompts": ["xstest_safe"]}}, "at least one set of harmful prompts"),
@@ -243,3 +277,15 @@ def test_examples_are_specs(path):
 def test_faults_of_a_spec(model, changes, fault):
     with pytest.raises(UserError, match=fault):
         spec_of(model, **changes)
+
+
+def test_a_sweep_multiplies_the_arms(model):
+    spec = spec_of(model, sweep={"lr": [1e-3, 1e-2], "n": [4, 12]})
+    assert [arm.name for arm in spec.all_arms][:4] == [
+        "free-lr0p001-n4",
+        "frozen-lr0p001-n4",
+        "control-lr0p001-n4",
+        "free-lr0p001-n12",
+    ]
+    assert {arm.cell for arm in spec.all_arms} == {"lr 0.001, n 4", "lr 0.001, n 12", "lr 0.01, n 4", "lr 0.01, n 12"}
+    assert len({arm.label for arm in spec.all_arms}) == 12

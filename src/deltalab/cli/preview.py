@@ -67,7 +67,7 @@ def training_part(values: dict[str, Any], origin: str) -> "TrainSpec":
         optim=tune.optim,
         run=tune.run,
         eval=tune.eval,
-        seed=study.seed,
+        seed=study.seeds[0],
     )
 
 

@@ -2,13 +2,15 @@
 
 drift_verdict    whether a group of weights drifted more than random ones: H1, H2, and what lies beside them
 score_verdict    what became of a group's mean score: A, B, and what lies beside them
+ablation_verdict whether refusals hang on a group: zeroed, against random ones zeroed
 refusals, …      what became of shares of prompts
 family           the verdicts of one study together: p-values adjusted, outcomes decided anew
 """
 
 from collections.abc import Callable, Sequence
 
-from deltalab.safety import drift_verdicts, rate_verdicts, score_verdicts
+from deltalab.safety import ablation_verdicts, drift_verdicts, rate_verdicts, score_verdicts
+from deltalab.safety.ablation_verdicts import ablation_verdict
 from deltalab.safety.claims import Verdict, decided
 from deltalab.safety.drift_verdicts import drift_verdict
 from deltalab.safety.rate_verdicts import Change, Comparison, change, false_refusals, freezing, refusals, skills
@@ -18,6 +20,7 @@ __all__ = [
     "Change",
     "Comparison",
     "Verdict",
+    "ablation_verdict",
     "change",
     "drift_verdict",
     "false_refusals",
@@ -28,7 +31,9 @@ __all__ = [
     "skills",
 ]
 
-DECIDE: dict[str, Callable[[Verdict], Verdict]] = {"drift": drift_verdicts.decide, "score": score_verdicts.decide}
+DECIDE: dict[str, Callable[[Verdict], Verdict]] = {
+    "drift": drift_verdicts.decide, "score": score_verdicts.decide, "ablation": ablation_verdicts.decide,
+}  # fmt: skip
 """Who makes a verdict from its numbers, by their kind; the other kinds are of rates."""
 
 

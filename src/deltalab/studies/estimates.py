@@ -11,17 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from deltalab.core.errors import UserError
-from deltalab.data.chat import encode_all
+from deltalab.data.chat import Encodings, encode_all
+from deltalab.data.tasks import Task
 from deltalab.deltas.base import ParameterSpec, weight_of
 from deltalab.deltas.select import linears, scored_linears, select
 from deltalab.models.load import BUNDLED, check_folder, load
+from deltalab.safety.scores import Cost, cost
 from deltalab.studies.behaviour import questions
-from deltalab.studies.drift import DriftStudySpec
+from deltalab.studies.parts import ArmSpec, loop_of
 from deltalab.studies.stages import Estimate, Stage
 from deltalab.train.run import context_of
 
@@ -31,48 +34,63 @@ READING = 0.2  # of the training speed, for the one-token steps of generation
 
 
 class Facts(NamedTuple):
-    """parameters: of the model; scored: weights in its blocks; trained: parameters of the delta; tokens: in each data set
-    as it is used; replies: tokens to be generated in one evaluation."""
+    """parameters: of the model; scored: weights in its blocks; trained: parameters of the delta; scoring: tokens of one
+    calibration set, on average; tuning: tokens by cell of the sweep; replies: tokens to be generated in one evaluation;
+    cost: of one set of scores."""
 
     parameters: int
     scored: int
     trained: int
-    tokens: dict[str, float]
+    scoring: float
+    tuning: dict[str, float]
     replies: int
+    cost: Cost
 
 
-def estimated(spec: DriftStudySpec, steps: Sequence[Stage]) -> list[Stage]:
-    """The stages with their estimates; without any where the model's shape cannot be had without fetching it."""
+def estimated(spec: Any, steps: Sequence[Stage]) -> list[Stage]:
+    """The stages of any study with their estimates; without any where the model's shape cannot be had without fetching it."""
     model, tokenizer = _shape(spec.model)
     if model is None:
         return list(steps)
     facts = _facts(spec, model, tokenizer)
     rate = EFFICIENCY * _flops(model)
-    return [dataclasses.replace(step, estimate=_estimate(step.name, spec, facts, rate)) for step in steps]
+    return [dataclasses.replace(step, estimate=_estimate(step, spec, facts, rate)) for step in steps]
 
 
-def _estimate(name: str, spec: DriftStudySpec, f: Facts, rate: float) -> Estimate:
+def _estimate(step: Stage, spec: Any, f: Facts, rate: float) -> Estimate:
     weights = f.parameters * BYTES
-    match name.partition(":")[0]:
-        case "scores":
-            seconds = 6 * f.parameters * (f.tokens["safety"] + f.tokens["utility"]) / rate
-            return Estimate(seconds, weights + f.scored * BYTES, 2 * f.scored * BYTES)
+    backward = 3 if spec.score.score == "snip" else 1  # a pass forward alone, or with its twice as dear way back
+    scoring = 2 * backward * f.parameters * f.scoring * f.cost.passes / rate
+    kind, _, arm = step.name.partition(":")
+    match kind:
+        case "scores" | "select" | "before" | "after":
+            sets = 1 if kind in ("select", "before") else 2
+            return Estimate(sets * scoring, weights + f.cost.memory + f.scored * BYTES, sets * f.cost.disk)
         case "groups":
-            return Estimate(None, weights + f.scored * (1 + spec.groups.nulls / 8), 5 * f.scored / 8)
+            return Estimate(None, weights + 3 * f.scored, 5 * f.scored / 8 + f.scored)
+        case "ablate":
+            return Estimate((spec.ablate + 1) * _replies(f, rate), 2 * weights, (spec.ablate + 1) * f.replies * 8)
         case "tune":
-            measures = spec.groups.nulls / 8 + 2  # bits of each null, and the entries of one matrix at a time
-            checkpoints = (spec.tune.run.keep + 1) * f.trained * 3 * BYTES
-            return Estimate(
-                6 * f.parameters * f.tokens["tune"] / rate,
-                weights + f.trained * 4 * BYTES + f.scored * measures,
-                checkpoints + f.scored,
-            )
+            name = arm.partition(":")[0]
+            tokens = f.tuning[next((a.cell for a in _arms(spec) if a.name == name), "")]
+            memory = (
+                weights + f.trained * 4 * BYTES + 4 * f.scored
+            )  # the adapter's states; bins, order and terms of a matrix
+            return Estimate(6 * f.parameters * tokens / rate, memory, (spec.tune.run.keep + 1) * f.trained * 3 * BYTES)
         case "evaluate":
-            return Estimate(2 * f.parameters * f.replies / (READING * rate), weights, f.replies * 8)
+            return Estimate(_replies(f, rate), weights, f.replies * 8)
     return Estimate()
 
 
-def _facts(spec: DriftStudySpec, model: nn.Module, tokenizer: Any) -> Facts:
+def _replies(f: Facts, rate: float) -> float:
+    return 2 * f.parameters * f.replies / (READING * rate)
+
+
+def _arms(spec: Any) -> list[ArmSpec]:
+    return getattr(spec, "all_arms", spec.arms)
+
+
+def _facts(spec: Any, model: nn.Module, tokenizer: Any) -> Facts:
     trained = 0
     parameters = dict(model.named_parameters())
     modules = linears(model)
@@ -85,26 +103,30 @@ def _facts(spec: DriftStudySpec, model: nn.Module, tokenizer: Any) -> Facts:
             trained += sum(
                 p.numel() for p in item.build(out, in_, dtype=torch.float32, device=torch.device("meta")).parameters()
             )
-    asked = questions(spec.evaluate, spec.seed)
+    asked = questions(spec.evaluate, spec.seeds[0])
     replies = sum(map(len, asked.prompts.values())) * spec.evaluate.max_new_tokens + len(asked.skills) * 24
     scored = sum(m.weight.numel() for m in scored_linears(model).values())
-    return Facts(sum(p.numel() for p in parameters.values()), scored, trained, _tokens(spec, model, tokenizer), replies)
+    return Facts(
+        sum(p.numel() for p in parameters.values()), scored, trained, *_tokens(spec, model, tokenizer), replies,
+        cost(model, spec.score, halves=True),
+    )  # fmt: skip
 
 
-def _tokens(spec: DriftStudySpec, model: nn.Module, tokenizer: Any) -> dict[str, float]:
-    """Tokens that each stage reads."""
-    loop = spec.tune.loop(spec.seed)
+def _tokens(spec: Any, model: nn.Module, tokenizer: Any) -> tuple[float, dict[str, float]]:
+    """Tokens of one calibration set, and of the tuning in each cell."""
+    loop = loop_of(spec.tune, None, spec.seeds[0])
     context = context_of(model, loop)
-    encoded = {name: encode_all(tokenizer, [c for task in tasks for c in task.train()], context, loop.run.too_long)
-               for name, tasks in (("safety", spec.safety), ("utility", spec.utility), ("tune", spec.tune.data))}  # fmt: skip
-    tune = encoded["tune"]
-    optim = spec.tune.optim
-    steps = optim.steps or -(-len(tune) // optim.batch) * (optim.epochs or 1)
-    found = {
-        name: float(sum(len(s.input_ids) for s in encoded[name][: spec.score.samples]))
-        for name in ("safety", "utility")
-    }
-    return found | {"tune": steps * optim.batch * tune.tokens / len(tune)}
+
+    def encoded(tasks: Sequence[Task]) -> Encodings:
+        return encode_all(tokenizer, [c for task in tasks for c in task.train()], context, loop.run.too_long)
+
+    scoring = [sum(len(s.input_ids) for s in encoded(tasks)[part]) for tasks, part in spec.calibration.values()]
+    tune, cells = encoded(spec.tune.data), {}
+    for arm in _arms(spec):
+        optim, n = loop_of(spec.tune, arm, 0).optim, min(arm.n or len(tune), len(tune))
+        steps = optim.steps or -(-n // optim.batch) * (optim.epochs or 1)
+        cells[arm.cell] = steps * min(optim.batch, n) * tune.tokens / len(tune)
+    return float(np.mean(scoring)), cells
 
 
 def _shape(name: str) -> tuple[Any, Any]:

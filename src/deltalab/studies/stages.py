@@ -7,10 +7,10 @@ it is not, whatever stopped it. A stage whose inputs have changed since is refus
 
 import datetime
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import owned, read_json, write_json
@@ -52,7 +52,8 @@ class Stage:
 
     run: does it and returns a JSON result. needs: the stages whose results it reads. inputs: name → a JSON value or
     digest of everything else that it depends on (model weights, data). tidy: removes what nobody needs once the result
-    is on disk; it may be called again.
+    is on disk; it may be called again. lane: stages of one lane follow each other; those of different lanes may be done
+    side by side, once every stage without a lane before them is done.
     """
 
     name: str
@@ -61,16 +62,26 @@ class Stage:
     inputs: Callable[[Context], Mapping[str, Any]] = lambda ctx: {}
     estimate: Estimate = Estimate()
     tidy: Callable[[Context], None] = lambda ctx: None
+    lane: str | None = None
+
+
+class Crew(Protocol):
+    """Does lanes side by side (`lanes.py`)."""
+
+    def run(self, lanes: Mapping[str, Sequence[str]]) -> None:
+        """Do the stages of each lane, in order; their results lie on disk afterwards."""
+        ...
 
 
 def run(
     stages: Sequence[Stage], folder: str | Path, spec: Spec, *, only: str | None = None, until: str | None = None,
     say: Callable[[str], None] = print, resume_with: str = "deltalab study",
+    crew: Callable[[Context, int], Crew | None] = lambda ctx, lanes: None,
 ) -> Context:  # fmt: skip
     """Run the stages that are not finished, in order.
 
-    only: a stage, or the part before its colon (`tune` is every `tune:…`). until: the last stage to run.
-    resume_with: the command that errors name.
+    only: a stage, or a beginning of its name up to a colon (`tune` is every `tune:…`). until: the last stage to run.
+    resume_with: the command that errors name. crew: who does so many lanes side by side; None: they are done here.
     Raises: UserError if the folder is in use or of another spec, a stage is unknown, what it needs is not there, or what
     a finished stage was computed from has changed.
     """
@@ -79,25 +90,69 @@ def run(
         ctx = Context(Path(folder), say=say)
         claim(ctx.folder, spec)
         wanted = {stage.name for stage in chosen}
+        fresh: set[str] = set()
         for number, stage in enumerate(stages, 1):
             done = finished(ctx, stage)
             if done is None and stage.name not in wanted:
                 continue
-            if missing := [name for name in stage.needs if name not in ctx.results]:
-                raise UserError(f"stage '{stage.name}' needs {', '.join(missing)}, which is not done in '{folder}'.",
-                                found=f"done: {', '.join(ctx.results) or 'nothing'}", next=f"{resume_with} --until {stage.name}")  # fmt: skip
+            if done is None and stage.lane is not None and not fresh:
+                lanes = _lanes(ctx, stages, wanted, resume_with)
+                workers = crew(ctx, len(lanes))
+                if workers is not None:
+                    fresh = {name for names in lanes.values() for name in names}
+                    workers.run(lanes)
+                    done = finished(ctx, stage)
+            _require(ctx, stage, resume_with)
             inputs = _inputs(ctx, stage)
             if done is not None:
                 _same(ctx, stage, done["inputs"], inputs)
                 ctx.results[stage.name] = done["result"]
                 stage.tidy(ctx)
-                if stage.name in wanted:
+                if stage.name in wanted - fresh:
                     say(f"[{number}/{len(stages)}] {stage.name}: done before ({done['seconds']:.1f} s)")
                 continue
             say(f"[{number}/{len(stages)}] {stage.name} …")
             ctx.results[stage.name] = _do(ctx, stage, inputs)
             stage.tidy(ctx)
         return ctx
+
+
+def done_or_do(ctx: Context, stages: Sequence[Stage], lane: str) -> None:
+    """Do what is not finished of one lane, everything that it needs being on disk: a worker's part of `run`."""
+    ctx.results |= {stage.name: done["result"] for stage in stages if (done := finished(ctx, stage)) is not None}
+    for number, stage in enumerate(stages, 1):
+        if stage.lane == lane and stage.name not in ctx.results:
+            ctx.say(f"[{number}/{len(stages)}] {stage.name} …")
+            ctx.results[stage.name] = _do(ctx, stage, _inputs(ctx, stage))
+            stage.tidy(ctx)
+
+
+def _lanes(ctx: Context, stages: Sequence[Stage], wanted: Collection[str], resume_with: str) -> dict[str, list[str]]:
+    """Lane → its wanted stages that are not finished; results of those that are, checked and taken up.
+
+    Raises: UserError if something that one needs is not done, or was computed from something else.
+    """
+    lanes: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.lane is None:
+            continue
+        if done := finished(ctx, stage):
+            _require(ctx, stage, resume_with)
+            _same(ctx, stage, done["inputs"], _inputs(ctx, stage))
+            ctx.results[stage.name] = done["result"]
+        elif stage.name in wanted:
+            _require(ctx, stage, resume_with, coming=lanes.get(stage.lane, ()))
+            lanes.setdefault(stage.lane, []).append(stage.name)
+    return lanes
+
+
+def _require(ctx: Context, stage: Stage, resume_with: str, coming: Collection[str] = ()) -> None:
+    if missing := [name for name in stage.needs if name not in ctx.results and name not in coming]:
+        raise UserError(
+            f"stage '{stage.name}' needs {', '.join(missing)}, which is not done in '{ctx.folder}'.",
+            found=f"done: {', '.join(ctx.results) or 'nothing'}",
+            next=f"{resume_with} --until {stage.name}",
+        )
 
 
 def choose(stages: Sequence[Stage], only: str | None, until: str | None) -> list[Stage]:
@@ -110,7 +165,7 @@ def choose(stages: Sequence[Stage], only: str | None, until: str | None) -> list
     name = only or until
     if name is None:
         return list(stages)
-    hits = [i for i, stage in enumerate(stages) if name in (stage.name, stage.name.partition(":")[0])]
+    hits = [i for i, stage in enumerate(stages) if f"{stage.name}:".startswith(f"{name}:")]
     if not hits:
         names = [stage.name for stage in stages]
         raise UserError(

@@ -1,0 +1,29 @@
+"""The calibration's counts as tables."""
+
+from collections.abc import Mapping, Sequence
+
+from deltalab.core.stats import Interval
+from deltalab.studies.calibration.simulate import Rate, Trap
+
+
+def markdown(tables: Mapping[str, Sequence[Rate]], trap: Trap) -> str:
+    """Every count with its exact limits, a table each, and the selection trap."""
+    parts = [f"### {name}\n\n{table(rows)}" for name, rows in tables.items()]
+    changes = "\n".join(f"| {name.replace('_', ', ')} | {change(i)} |" for name, i in trap._asdict().items())
+    return "\n\n".join([*parts, f"### selection\n\n| | relative change |\n|---|---|\n{changes}"]) + "\n"
+
+
+def table(rows: Sequence[Rate]) -> str:
+    """What was said how often."""
+    lines = [f"| {r.what} | {r.k} of {r.n} | {share(r.interval)} |" for r in rows]
+    return "\n".join(["| | count | share |", "|---|---|---|", *lines])
+
+
+def share(i: Interval) -> str:
+    """A share in per cent, with limits."""
+    return f"{100 * i.value:.1f} % [{100 * i.low:.1f}, {100 * i.high:.1f}]"
+
+
+def change(i: Interval) -> str:
+    """A relative change in per cent, with limits."""
+    return f"{100 * i.value:+.2f} % [{100 * i.low:+.2f}, {100 * i.high:+.2f}]".replace("-", "−")
