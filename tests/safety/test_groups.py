@@ -155,6 +155,9 @@ def test_a_group_prints_and_counts():
     assert sizes["per_matrix"]["model.layers.0.q"] == pytest.approx(0.1)
     assert sizes["q"] == 0.1
     assert "416 of 4160 entries, asked 10 %, actual 10.000 %" in str(group)
+    assert [" ".join(line.split()) for line in group.table().splitlines()[1:]] == [
+        "layer 0 320 10.000 %", "layer 1 96 10.000 %", "q 192 10.000 %", "up 224 10.000 %",
+    ]  # fmt: skip
     assert (sizes["asked"], sizes["unit"]) == (0.1, "entry")
     assert len(group) == 3
     assert list(group) == list(SHAPES)

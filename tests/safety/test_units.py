@@ -1,5 +1,6 @@
 """Units against loops over every entry: whose it is, its unit's mean, and the top of them, on real and random models."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -107,33 +108,67 @@ def test_of_equal_units_the_first_are_taken(kind, per):
     check(model, kind, values_of(units_of(model, kind), levels=1), 0.3, per)
 
 
+SCORES = ("magnitude", "wanda", "snip")
+
+
 def scored(model, score):
-    """Magnitudes, and magnitudes times the norm of random inputs as Wanda's, of a real model's weights."""
+    """Scores of a real model's weights: |W|; times the norms of random inputs; or |W ⊙ ∇L| of some random tokens."""
     rng = torch.Generator().manual_seed(3)
-    shapes = units_of(model, "entry").shapes
-    weights = {path: model.get_submodule(path).weight.detach().abs() for path in shapes}
-    if score == "magnitude":
-        return weights
-    return {path: w * torch.randn(64, w.shape[1], generator=rng).norm(dim=0) for path, w in weights.items()}
+    weights = {path: model.get_parameter(f"{path}.weight") for path in units_of(model, "entry").shapes}
+    if score == "snip":
+        ids = torch.randint(5, 300, (2, 32), generator=rng)
+        gradients = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, list(weights.values()))
+        return {path: (w * g).abs().detach() for (path, w), g in zip(weights.items(), gradients, strict=True)}
+    size = 1 if score == "magnitude" else 64
+    norms = {path: torch.randn(size, w.shape[1], generator=rng).norm(dim=0) for path, w in weights.items()}
+    return {path: w.detach().abs() * (norms[path] if size > 1 else 1) for path, w in weights.items()}
+
+
+def check_entries(values, q, per):
+    """The top against numpy's stable sort of the negated scores."""
+    group = top(values, q, per)
+    parts = {path: v.numpy().reshape(-1, v.shape[1] if per == "row" else v.numel()) for path, v in values.items()}
+    if per == "global":
+        parts = {"": np.concatenate([part.ravel() for part in parts.values()])[None]}
+    masks = {}
+    for path, part in parts.items():
+        k = int(q * part.shape[1] + 0.5)
+        chosen = np.argsort(-part, axis=1, kind="stable")[:, :k]
+        masks[path] = np.zeros(part.shape, dtype=bool)
+        np.put_along_axis(masks[path], chosen, True, axis=1)
+    if per == "global":
+        sizes = np.cumsum([v.numel() for v in values.values()])[:-1]
+        masks = dict(zip(values, np.split(masks[""].ravel(), sizes), strict=True))
+    for path, mask in masks.items():
+        assert np.array_equal(group.mask(path).numpy().ravel(), mask.ravel())
+
+
+def check_all(model, score):
+    """Every unit and comparison group of one score."""
+    values = scored(model, score)
+    for per in ("row", "matrix", "global"):
+        check_entries(values, 0.05, per)
+    for kind in KINDS:
+        for per in ("matrix", "global"):
+            check(model, kind, values, 0.25, per)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per", ["matrix", "global"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("score", ["magnitude", "wanda"])
-def test_units_of_the_organism(kind, per, score):
-    model, _ = load("organism")
-    check(model, kind, scored(model, score), 0.25, per)
+@pytest.mark.parametrize("score", SCORES)
+def test_groups_of_the_organism(score):
+    check_all(load("organism")[0], score)
 
 
 @pytest.mark.shared
 @pytest.mark.skipif(SHARED is None, reason="the models beside the project are not there")
-@pytest.mark.parametrize("per", ["matrix", "global"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("score", ["magnitude", "wanda"])
-def test_units_of_a_trained_model(kind, per, score):
-    model, _ = load(str(SHARED / "models" / "tok361_hf"))
-    check(model, kind, scored(model, score), 0.125, per)
+@pytest.mark.parametrize("score", SCORES)
+def test_groups_of_a_trained_model(score):
+    check_all(load(str(SHARED / "models" / "tok361_hf"))[0], score)
+
+
+@pytest.mark.parametrize("per", ["row", "matrix", "global"])
+def test_entries_of_a_small_model(per):
+    check_entries(scored(tiny_llama(vocab=300), "snip"), 0.07, per)
 
 
 def zeroed(model, units, family, unit):

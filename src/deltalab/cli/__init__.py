@@ -1,7 +1,8 @@
 """The command line: one file a verb, loaded when it is called.
 
 `VERBS` holds the help lines, so `deltalab --help` imports neither torch nor the verbs. Each `cli/<verb>.py` has one
-function `command`, whose signature typer turns into arguments and options. A `UserError` prints without a traceback.
+function `command`, whose signature typer turns into arguments and options, or several as a mapping from sub-verb to
+function. A `UserError` prints without a traceback.
 """
 
 import functools
@@ -10,7 +11,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from deltalab.core.errors import UserError, nearest
@@ -20,8 +21,11 @@ VERBS = {
     "study": "run a whole study from a spec: deltalab study drift SPEC",
     "train": "train a delta from a spec, and keep its adapter, curves and record",
     "preview": "show training samples token by token, with what is learnt from",
+    "score": "score every weight of a model on the conversations of tasks, as files",
+    "groups": "make groups of weights from scores, combine, compare and describe them",
     "targets": "list the target names of a model, with counts and presets",
     "report": "build the report of a record again: HTML page, text, JSON, figures",
+    "clean": "remove what stopped runs left and finished ones need no more; never results",
     "doctor": "show versions, devices, memory and disk, and run a ten-second self-test",
 }
 _GLOBAL = {"--help": "show this list; after a verb, its arguments", "--version": "show the version",
@@ -73,8 +77,16 @@ def _dispatch(args: list[str], debug: bool) -> int:
     import typer
 
     command = importlib.import_module(f"deltalab.cli.{verb}").command
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(verb, help=command.__doc__)(_wrapped(command, args, debug))
+    several = isinstance(command, Mapping)
+    if several and rest and not rest[0].startswith("-") and rest[0] not in command:
+        raise UserError(
+            f"'{rest[0]}' is nothing that deltalab {verb} does.",
+            nearest=nearest(rest[0], command),
+            next=f"deltalab {verb} --help ({', '.join(command)})",
+        )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=several)
+    for name, function in command.items() if several else [(verb, command)]:
+        app.command(name, help=function.__doc__)(_wrapped(function, args, debug))
     app(args=rest, prog_name=f"deltalab {verb}")
     return 0
 

@@ -30,6 +30,8 @@ from deltalab.deltas.base import weight_of
 from deltalab.deltas.select import layer_of
 from deltalab.measure.entry_sums import Draws, Indices, Listed, Stream, Terms, terms_of
 
+__all__ = ["MEASURES", "Draws", "DriftProbe", "Indices", "drift", "measured", "snapshot"]
+
 MEASURES = ("cosine", "cosine_distance", "l2", "l2_per_sqrt", "relative_mean", "relative_norm")
 ROW_MEASURES = ("cosine_distance", "l2_per_sqrt", "relative_mean", "relative_norm")
 EPSILON = 1e-8

@@ -4,7 +4,8 @@ A group is a mapping, module path → flat indices (row · in + column), so what
 file. How groups are chosen is in `groups.py`, how they are drawn at random in `nulls.py`.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, replacing, write_json
 from deltalab.core.shapes import Bool, Int
+from deltalab.deltas.select import leaf
 
 
 class Group(Mapping[str, Tensor]):
@@ -127,15 +129,26 @@ class Group(Mapping[str, Tensor]):
             "per_matrix": share,
         }
 
+    def by(self, name_of: Callable[[str], str]) -> dict[str, tuple[int, int]]:
+        """Name of a part → entries of the group, of all, for matrices that `name_of` their paths puts together."""
+        parts: dict[str, tuple[int, int]] = {}
+        for path, (out, in_) in self.shapes.items():
+            taken, of = parts.get(name_of(path), (0, 0))
+            parts[name_of(path)] = taken + self.counts[path], of + out * in_
+        return parts
+
+    def table(self) -> str:
+        """Its size, asked and actual, by layer and by kind of matrix."""
+        parts = {f"layer {layer}": size for layer, size in self.by(layer_in).items()} | self.by(leaf)
+        return _printed(self._title(), parts)
+
     def __str__(self) -> str:
+        return _printed(self._title(), self.by(str))
+
+    def _title(self) -> str:
         made = ", ".join(f"{key} {value}" for key, value in self.info.items())
         asked = "" if self.asked is None else f"asked {100 * self.asked:g} %, "
-        lines = [
-            f"{self.name}: {self.count} of {self.total} entries, {asked}actual {100 * self.fraction:.3f} %  ({made})"
-        ]
-        for path, (out, in_) in self.shapes.items():
-            lines.append(f"  {path}  {self.counts[path]}  {100 * self.counts[path] / (out * in_):.3f} %")
-        return "\n".join(lines)
+        return f"{self.name}: {self.count} of {self.total} entries, {asked}actual {100 * self.fraction:.3f} %  ({made})"
 
     def save(self, folder: str | Path) -> None:
         """Write the group as a folder, whole or not at all: `entries.safetensors` and `group.json`."""
@@ -178,6 +191,18 @@ class Group(Mapping[str, Tensor]):
         if path not in self._data:
             raise UserError(f"group '{self.name}' does not cover '{path}'.", nearest=nearest(path, self.shapes))
         return self._data[path]
+
+
+def layer_in(path: str) -> str:
+    """The number of the block in a module path, or `other`."""
+    found = re.search(r"\.(\d+)\.", path)
+    return found[1] if found else "other"
+
+
+def _printed(title: str, parts: Mapping[str, tuple[int, int]]) -> str:
+    width, digits = max(map(len, parts)), len(str(max(taken for taken, _ in parts.values())))
+    lines = [f"  {name:<{width}}  {taken:>{digits}}  {100 * taken / of:7.3f} %" for name, (taken, of) in parts.items()]
+    return "\n".join([title, *lines])
 
 
 def pack(index: Tensor, size: int) -> Tensor:

@@ -7,14 +7,13 @@ alike from the two halves of one data set: what sampling alone lets two groups s
 data, groups made from all of it would agree a little better.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deltalab.core.errors import UserError
 from deltalab.deltas.select import leaf
-from deltalab.safety.group import Group
+from deltalab.safety.group import Group, layer_in
 
 
 class Counts(NamedTuple):
@@ -124,12 +123,6 @@ def overlap(
 def jaccard(a: Group, b: Group) -> float:
     """|A ∩ B| / |A ∪ B| over the matrices of both; 0 for two empty groups."""
     return overlap(a, b).jaccard or 0.0
-
-
-def layer_in(path: str) -> str:
-    """The number of the block in a module path, or `other`."""
-    found = re.search(r"\.(\d+)\.", path)
-    return found[1] if found else "other"
 
 
 def _counted(a: Group, b: Group) -> dict[str, Counts]:
