@@ -103,10 +103,10 @@ def stored_bytes(weights: Magnitudes, halves: bool) -> int:
 def mean_nll(model: nn.Module, batch: Batch) -> Float[Tensor, " samples"]:
     """L(x) of each sample: −log p(next token), the mean over its counted positions, in fp32 or the model's wider dtype."""
     rows, columns = flat_places(batch.samples)
-    rows, columns = rows.to(batch.ids.device), columns.to(batch.ids.device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[rows, columns]
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    logits = logits[rows.to(logits.device), columns.to(logits.device)]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    targets = batch.ids[rows, columns + 1].to(logits.device)
+    targets = batch.ids.cpu()[rows, columns + 1].to(logits.device)
     values = nn.functional.cross_entropy(logits.to(wide), targets, reduction="none")
     return torch.stack([part.mean() for part in values.split([len(s.where) for s in batch.samples])])
 
