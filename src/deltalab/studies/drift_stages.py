@@ -69,7 +69,7 @@ class Steps:
                 model, self.m.data(ctx, name), self.spec.score, folder=self.m.scores_folder(ctx, name), halves=True,
                 seed=self.spec.seeds[0], template=tokenizer.chat_template,
             )  # fmt: skip
-            out[name] = {key: value for key, value in scores.manifest.items() if key != "shapes"}
+            out[name] = {key: value for key, value in scores.manifest.items() if key not in ("shapes", "weights")}
         return out
 
     def groups(self, ctx: Context) -> Result:

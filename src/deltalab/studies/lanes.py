@@ -71,6 +71,7 @@ class Workers:
     threads: int
     say: Callable[[str], None] = print
     _workers: list[subprocess.Popen[str]] = field(default_factory=list)
+    _lanes: dict[int, str] = field(default_factory=dict)
     _stopping: bool = False
 
     def run(self, lanes: Mapping[str, Sequence[str]]) -> None:
@@ -94,6 +95,10 @@ class Workers:
                 for thread in threads:
                     thread.join(0.1)
         except KeyboardInterrupt:
+            print(
+                "\nstopping: each tuning ends its step and keeps a checkpoint; Ctrl-C again stops at once",
+                file=sys.stderr,
+            )
             self._stop()
             for thread in threads:
                 thread.join()
@@ -138,6 +143,7 @@ class Workers:
         """Hand one lane to a worker, and pass on what it says until it is done."""
         assert worker.stdin
         assert worker.stdout
+        self._lanes[worker.pid] = lane
         worker.stdin.write(json.dumps(lane) + "\n")
         worker.stdin.flush()
         for line in worker.stdout:
@@ -154,10 +160,11 @@ class Workers:
         )
 
     def _relay(self, worker: "subprocess.Popen[str]") -> None:
-        """A worker's standard error: progress, or a traceback."""
+        """A worker's standard error: progress, or a traceback. Nothing once it was told to stop."""
         assert worker.stderr
         for line in worker.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
+            if not self._stopping:
+                print(f"{self._lanes.get(worker.pid, '')}: {line}", end="", file=sys.stderr, flush=True)
 
     def _stop(self) -> None:
         self._stopping = True

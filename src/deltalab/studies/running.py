@@ -20,9 +20,9 @@ def run_or_plan(
     """`run_study` of any study. make: its stages from its spec."""
     spec = spec.but(output=None)  # where a study lies does not make it another one
     steps = make(spec)
-    if dry_run:
-        return plan(estimated(spec, steps), folder, spec, only=only, until=until)
     with _threads():
+        if dry_run:
+            return plan(estimated(spec, steps), folder, spec, only=only, until=until)
         return run(
             steps, folder, spec, only=only, until=until, say=say, resume_with=resume_with,
             crew=lambda ctx, count: crew(kind, ctx, spec, steps, count, jobs),

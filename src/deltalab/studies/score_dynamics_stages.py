@@ -87,7 +87,7 @@ class Steps:
         }
         return {
             "groups": {name: described(group, labels.get(name, name)) for name, group in made.items()},
-            "manifest": {key: value for key, value in scores.manifest.items() if key != "shapes"},
+            "manifest": {key: value for key, value in scores.manifest.items() if key not in ("shapes", "weights")},
             "on selection": {name: seen[name] for name in ("groups", "all")},
         }
 
@@ -95,7 +95,7 @@ class Steps:
         model, _ = self.m.base(ctx)
         scores = self._score(ctx, model, "measure")
         found = self._summary(ctx, scores, None)
-        manifest = {key: value for key, value in scores.manifest.items() if key != "shapes"}
+        manifest = {key: value for key, value in scores.manifest.items() if key not in ("shapes", "weights")}
         self._discard(ctx, "measure")
         return {**found, "manifest": manifest}
 

@@ -122,6 +122,7 @@ def done_or_do(ctx: Context, stages: Sequence[Stage], lane: str) -> None:
     ctx.results |= {stage.name: done["result"] for stage in stages if (done := finished(ctx, stage)) is not None}
     for number, stage in enumerate(stages, 1):
         if stage.lane == lane and stage.name not in ctx.results:
+            _require(ctx, stage, "deltalab study")
             ctx.say(f"[{number}/{len(stages)}] {stage.name} …")
             ctx.results[stage.name] = _do(ctx, stage, _inputs(ctx, stage))
             stage.tidy(ctx)
