@@ -52,7 +52,9 @@ def compare(own: Floats, null: Floats, margin: float | None, level: float = 0.95
     found: dict[str, Any] = {"p_choice": min(1.0, 2 * min(p.values())), "p_seeds": None, "low": None, "high": None}
     same = tost_single(value, drawn, margin).p if margin else None
     if len(own) > 1:
+        of_mean = float(drawn.std(ddof=1)) / math.sqrt(len(drawn))  # what so many draws leave open about their own mean
         over = student(own)
+        over = over._replace(se=math.hypot(over.se, of_mean))
         interval = over.interval(level)
         p = {side: max(p[side], over.p(0.0, side)) for side in sides}
         found |= {"p_seeds": over.p(), "low": math.exp(interval.low), "high": math.exp(interval.high)}

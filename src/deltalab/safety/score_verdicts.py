@@ -36,7 +36,7 @@ from deltalab.safety.claims import (
     per_cent,
     seeds_words,
 )
-from deltalab.safety.null_draws import compare, table
+from deltalab.safety.null_draws import Row, compare, table
 
 Outcome = Literal["representational drift", "global redistribution", "falls by 5–10 %", "rises", "undecided"]
 
@@ -135,7 +135,7 @@ def _relative(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     return {**found, "draws": null.shape[1], "null_change": float(np.exp(centre.mean()) - 1)}
 
 
-def _ratios(draws: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+def _ratios(draws: Mapping[str, Row]) -> list[float | None]:
     """after / before of each random group; None where one of the two is missing or zero."""
     return [a / b if a and b else None for a, b in zip(draws["after"], draws["before"], strict=True)]
 

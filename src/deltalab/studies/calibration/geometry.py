@@ -4,6 +4,7 @@ The group whose place they take is the set difference of SNIP scores, refusals w
 are matched to it on the count and the quantiles of |W| in each matrix, as a study's are.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ DEFAULT_ADAPT = {"method": "lora", "r": 8, "alpha": 16.0, "targets": "all-linear
 LOOP = LoopSpec(optim=OptimSpec(lr=3e-4, steps=100, batch=8), eval=EvalSpec(fraction=0.0))
 Q, P = 0.02, 0.02
 CONTEXT = 512
+TOGETHER = 64
+"""Draws that are added up at a time."""
 SPLITS, OF_SPLIT = 5, 64
 """Disjoint sets of refusals for the selection trap, and the size of each."""
 Say = Callable[[str], None]
@@ -49,7 +52,7 @@ class Size(NamedTuple):
     groups: int = 20000
     scored: int = 400
     scored_seeds: int = 16
-    samples: int = 160
+    samples: int = 128
     shuffled: int = 2000
 
 
@@ -96,19 +99,19 @@ def encoded(tokenizer: Any, conversations: Sequence[Any]) -> list[Encoded]:
 
 def drift_of_groups(model: nn.Module, adapters: Sequence[Path], draws: Draws) -> dict[str, np.ndarray]:
     """`l2_per_sqrt` and `cosine_distance` of each random group in each tuning, (seeds, groups)."""
-    sums = np.zeros((len(draws), 2 * len(adapters) + 1))
-    entries = np.zeros(len(draws))
+    sums = np.zeros((len(draws), 2 * len(adapters) + 2))
     changes = changes_of(model, adapters)
     for path in draws.paths:
         w = base_weight(model, path).double().flatten()
-        columns = [w * w]
+        columns = [torch.ones_like(w), w * w]
         for change in changes(path):
             d = change.double().flatten()
             columns += [d * d, w * d]
-        add_up(torch.stack(columns, 1).numpy(), draws.indices(path), sums, entries)
+        add_up(torch.stack(columns, 1).float(), draws.indices(path), sums)
     found: dict[str, list[Floats]] = {"l2_per_sqrt": [], "cosine_distance": []}
     for seed in range(len(adapters)):
-        five = np.stack([entries, sums[:, 0], sums[:, 2 * seed + 1], sums[:, 2 * seed + 2], np.zeros(len(draws))], 1)
+        moved = sums[:, 2 * seed + 2 : 2 * seed + 4]
+        five = np.concatenate([sums[:, :2], moved, np.zeros((len(draws), 1))], 1)
         for name, values in found.items():
             values.append(measured(five)[name])
     return {name: np.stack(values) for name, values in found.items()}
@@ -127,15 +130,17 @@ def tuned_model(adapter: Path) -> nn.Module:
     return model
 
 
-def add_up(
-    table: np.ndarray, draws: Iterable[torch.Tensor], sums: np.ndarray, entries: np.ndarray | None = None
-) -> None:
-    """Adds the rows of `table`, (entries, columns), that each draw names to its row of `sums`, (draws, columns)."""
-    terms = torch.from_numpy(table)
-    for number, index in enumerate(draws):
-        sums[number] += terms.index_select(0, index.long()).sum(0).double().numpy()
-        if entries is not None:
-            entries[number] += len(index)
+def add_up(table: torch.Tensor, draws: Iterator[torch.Tensor], sums: np.ndarray) -> None:
+    """Adds the rows of `table`, (entries, columns), that each draw names to its row of `sums`, (draws, columns).
+
+    In fp32: a sum's rounding, 1e-6 of it, is nothing beside the per mille by which groups differ.
+    """
+    done = 0
+    while some := list(itertools.islice(draws, TOGETHER)):
+        starts = torch.tensor([0, *np.cumsum([len(index) for index in some])[:-1]])
+        found = nn.functional.embedding_bag(torch.cat(some).long(), table.float(), starts, mode="sum")
+        sums[done : done + len(some)] += found.double().numpy()
+        done += len(some)
 
 
 class Shuffled:
@@ -172,8 +177,8 @@ def scores_of_groups(
         model = base if number == 0 else merged(tuned_model(adapters[number - 1]))
         each = [snip(model, [sample]) for sample in samples]
         for path in draws.paths:
-            table = np.stack([scores[path].float().flatten().numpy() for scores in each], 1)
-            add_up(table, [group.indices(path)], out[number, :1])
+            table = torch.stack([scores[path].float().flatten() for scores in each], 1)
+            add_up(table, iter([group.indices(path)]), out[number, :1])
             add_up(table, draws.indices(path), out[number, 1:])
         say(f"scores of model {number} of {len(adapters)}")
     return {"scores": out / group.count}

@@ -1,8 +1,10 @@
 """Studies drawn from what random groups did in real trainings, and how often the verdicts on them are wrong.
 
-Arrays in, counts out; nothing here loads a model. Truth is the population that a study is drawn from: all trainings, all
-samples, all random groups of `geometry`. Trainings and samples are drawn with replacement, so that their mean is what an
-interval has to cover; random groups without.
+Arrays in, counts out; nothing here loads a model. False claims are counted in studies of the real trainings of `geometry`,
+drawn without replacement. Where an interval has to hold a truth, the truth is the mean over them, and a study's trainings
+are `mixed`: normal, with the mean and the covariance (over groups, nulls and samples) of the real ones. Drawn themselves,
+three of 24 with replacement are twice the same too often, and without it they are closer to the mean of 24 than to that of
+all trainings.
 """
 
 from collections import Counter
@@ -18,6 +20,8 @@ from deltalab.safety.verdicts import Verdict, change, drift_verdict, family, sco
 Arrays = Mapping[str, np.ndarray]
 LEVEL = 0.05
 DECIDES = "l2_per_sqrt"
+POWERS = {DECIDES: 1, "cosine_distance": 2}
+"""How a measure grows with a small change of the weights."""
 
 
 class Rate(NamedTuple):
@@ -57,10 +61,8 @@ class Study(NamedTuple):
     trainings: np.ndarray
 
 
-def drawn(
-    arrays: Arrays, seeds: int, repeats: int, draws: int, seed: int, groups: int = 1, again: bool = False
-) -> Iterator[Study]:
-    """`repeats` studies; each random group is the group of one study at most while they last. again: trainings with replacement."""
+def drawn(arrays: Arrays, seeds: int, repeats: int, draws: int, seed: int, groups: int = 1) -> Iterator[Study]:
+    """`repeats` studies; each random group is the group of one study at most, while they last."""
     rng = np.random.default_rng(seed)
     trainings, pool = arrays[DECIDES].shape
     order = rng.permutation(pool)
@@ -68,18 +70,25 @@ def drawn(
         mine = order[np.arange(number * groups, (number + 1) * groups) % pool]
         others = rng.choice(pool - groups, draws, replace=False)
         others += np.searchsorted(np.sort(mine) - np.arange(groups), others, "right")  # past the places of `mine`
-        yield Study(mine, others, rng.choice(trainings, seeds, replace=again))
+        yield Study(mine, others, rng.choice(trainings, seeds, replace=False))
+
+
+def mixed(values: np.ndarray, seeds: int, rng: np.random.Generator) -> Floats:
+    """New trainings, (seeds, …), from real ones, (trainings, …): their mean plus a normal mix of their deviations."""
+    mean = values.mean(0)
+    weights = rng.normal(size=(seeds, len(values))) / np.sqrt(len(values) - 1)
+    new: Floats = mean + np.tensordot(weights, values - mean, 1)
+    return new
 
 
 def judged(
     arrays: Arrays, study: Study, group: int, margin: float | None, times: float = 1.0, nulls: Arrays | None = None
 ) -> Verdict:
     """The verdict on one group of the study, its ΔW `times` as large. nulls: arrays that the nulls are of, if others."""
-    powers = {DECIDES: 1, "cosine_distance": 2}  # the distance grows with the square of a small change
     runs = [
         {
-            "values": {m: float(arrays[m][t, group]) * times**power for m, power in powers.items()},
-            "nulls": {"magnitude": {m: (nulls or arrays)[m][t, study.nulls] for m in powers}},
+            "values": {m: float(arrays[m][t, group]) * times**power for m, power in POWERS.items()},
+            "nulls": {"magnitude": {m: (nulls or arrays)[m][t, study.nulls] for m in POWERS}},
         }
         for t in study.trainings
     ]
@@ -122,17 +131,24 @@ def drift_claims(
 
 def drift_coverage(arrays: Arrays, seeds: int, repeats: int, draws: int = 999, seed: int = 1) -> Rate:
     """One seed: how often the null's band holds another random group. Several: how often the interval of the group's ratio
-    holds its mean over all trainings."""
-    logs = np.log(arrays[DECIDES] / arrays[DECIDES].mean(1, keepdims=True)).mean(0)
-    hits = 0
-    for study in drawn(arrays, seeds, repeats, draws, seed, again=True):
-        group = int(study.groups[0])
-        found = by_root_mean_square(judged(arrays, study, group, None))
+    holds its mean over trainings."""
+    rng, logs, hits = np.random.default_rng(seed), {m: np.log(arrays[m]) for m in POWERS}, 0
+    truth = np.exp((logs[DECIDES] - logs[DECIDES].mean(1, keepdims=True)).mean(0))
+    for study in drawn(arrays, seeds, repeats, draws, seed):
+        group, chosen = int(study.groups[0]), np.array([study.groups[0], *study.nulls])
+        state = rng.bit_generator.state
+        new = {}
+        for m, values in logs.items():
+            rng.bit_generator.state = state  # the same trainings in both measures
+            new[m] = np.exp(mixed(values[:, chosen], seeds, rng))
+        found = by_root_mean_square(
+            judged(new, Study(np.array([0]), np.arange(1, draws + 1), np.arange(seeds)), 0, None)
+        )
         if seeds == 1:
             hits += found["band"]["low"] <= found["ratio"] <= found["band"]["high"]
         else:
-            hits += found["low"] <= np.exp(logs[group]) <= found["high"]
-    return Rate("band holds a random group" if seeds == 1 else "interval of the ratio", seeds, hits, repeats)
+            hits += found["low"] <= truth[group] <= found["high"]
+    return Rate("band holds a random group" if seeds == 1 else "interval of the ratio", seeds, int(hits), repeats)
 
 
 def families(
@@ -173,24 +189,26 @@ def score_claims(
     replacement; None: all. given: whether the samples' own scores are. truth: None for what it was.
     """
     rng = np.random.default_rng(seed)
-    trainings, groups, every = scores.shape[0] - 1, scores.shape[1], scores.shape[2]
+    groups, every = scores.shape[1:]
     found = []
     for _ in range(repeats):
         chosen = rng.choice(groups, draws + 1, replace=False)
-        tuned = rng.integers(trainings, size=seeds)
         on = np.arange(every) if samples is None else rng.integers(every, size=samples)
-        own = scores[:, chosen[0]]
-        whole = own[1:].mean(1) / own[0].mean()
-        was = float((whole[tuned] if seeds == 1 else whole).mean()) - 1  # of one seed, that training's own change
-        times = 1.0 if truth is None else (1 + truth) / (1 + was)
+        before, after = scores[0, chosen], mixed(scores[1:, chosen], seeds, rng)
+        own = (after if seeds == 1 else scores[1:, chosen])[:, 0].mean(1)  # of one seed, that training's own change
+        was = float(own.mean() / before[0].mean()) - 1
         true = was if truth is None else truth
-        measured = scores[:, chosen][:, :, on].mean(2)
+        after[:, 0] *= (1 + true) / (1 + was)
+        before, after = before[:, on], after[:, :, on]
         runs = []
-        for t in tuned:
-            run: dict[str, Any] = {"before": float(measured[0, 0]), "after": float(measured[1 + t, 0]) * times,
-                                   "nulls": {"magnitude": {"before": measured[0, 1:], "after": measured[1 + t, 1:]}}}  # fmt: skip
+        for tuned in after:
+            means = before.mean(1), tuned.mean(1)
+            run: dict[str, Any] = {
+                "before": float(means[0][0]), "after": float(means[1][0]),
+                "nulls": {"magnitude": {"before": means[0][1:], "after": means[1][1:]}},
+            }  # fmt: skip
             if given:
-                run["samples"] = {"before": own[0, on], "after": own[1 + t, on] * times}
+                run["samples"] = {"before": before[0], "after": tuned[0]}
             runs.append(run)
         verdict = score_verdict("g", runs)
         numbers = verdict.numbers
