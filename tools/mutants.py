@@ -91,12 +91,22 @@ MUTANTS = [
         "tests/deltas/test_freeze_variants.py", "tests/train/test_freezing.py",
     ),
     mutant(
-        "set difference swapped", "safety/groups.py", "safe.mask(path) & ~useful.mask(path)", "useful.mask(path) & ~safe.mask(path)",
+        "set difference swapped", "safety/groups.py", "group = minus(safe, useful, name)", "group = minus(useful, safe, name)",
         "tests/safety/test_groups.py",
     ),
     mutant(
-        "random groups unmatched", "safety/groups.py", "        if weights is None:\n            order, counts = None",
-        "        if True:\n            order, counts = None", "tests/safety/test_groups.py",
+        "|W| quantiles unmatched", "safety/nulls.py", "np.uint8) if self.match is None else", "np.uint8) if True else",
+        "tests/safety/test_nulls.py",
+    ),
+    mutant(
+        "head axes transposed", "safety/units.py",
+        "(*(Part(path, 0, size) for path in ((q, k, v) if own else (q,))), Part(o, 1, size))",
+        "(*(Part(path, 1, size) for path in ((q, k, v) if own else (q,))), Part(o, 0, size))",
+        "tests/safety/test_units.py",
+    ),
+    mutant(
+        "surplus of a draw kept", "safety/sampling.py", "np.flatnonzero(missing < 0)", "np.flatnonzero(missing < -9999)",
+        "tests/safety/test_nulls.py",
     ),
     mutant(
         "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * self.B @ self.A)", "return self.kept(self.B @ self.A)",
@@ -111,8 +121,24 @@ MUTANTS = [
         "tests/train/test_resume.py::test_measuring_changes_nothing",
     ),
     mutant(
-        "drift without the change of the base", "measure/drift.py", "change = change + shift.flatten().index_select(0, index)", "pass",
+        "drift without the change of the base", "measure/drift.py", "shift = None if self.W0 is None else", "shift = None if True else",
         "tests/measure",
+    ),
+    mutant(
+        "Holm missing", "core/stats/significance.py", "values[order] * (len(values) - np.arange(len(values)))", "values[order]",
+        "tests/core/test_stats.py", "tests/safety/test_verdicts.py", "tests/safety/test_rate_verdicts.py",
+    ),
+    mutant(
+        "one-sided for two-sided", "safety/null_draws.py", '"p": min(1.0, 2 * min(p.values())),', '"p": min(p.values()),',
+        "tests/safety/test_verdicts.py", "tests/studies/test_calibration.py",
+    ),
+    mutant(
+        "chance of the entries left out over seeds", "safety/null_draws.py", "max(p[side], over.p(0.0, side))", "over.p(0.0, side)",
+        "tests/safety/test_verdicts.py", "tests/studies/test_calibration.py",
+    ),
+    mutant(
+        "prompts taken as fixed over seeds", "core/stats/means.py", "whole = ms_seed + ms_item - ms_rest", "whole = ms_seed",
+        "tests/core/test_means.py",
     ),
 ]  # fmt: skip
 
