@@ -15,9 +15,9 @@ from tests.helpers import SHARED, tiny_gpt2, tiny_llama
 KINDS = ("row", "column", "mlp-unit", "head")
 
 
-def head_of(model, path, row, column):
+def head_of(model, name, row, column):
     """The head that an entry of a plain Llama belongs to, from how transformers reshapes q, k, v and the output."""
-    config, name = model.config, path.rsplit(".", 1)[-1]
+    config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shared = config.num_key_value_heads != config.num_attention_heads
     if name == "q_proj" or (name in ("k_proj", "v_proj") and not shared):
@@ -26,7 +26,7 @@ def head_of(model, path, row, column):
 
 
 def owner(model, kind, path, row, column):
-    """(family, unit) of one entry, or None."""
+    """The family of a matrix's entries and the unit of each, or None; row, column: of every entry, flat."""
     parent, _, name = path.rpartition(".")
     match kind:
         case "row":
@@ -35,16 +35,17 @@ def owner(model, kind, path, row, column):
             return path, column
         case "mlp-unit":
             return {"gate_proj": (parent, row), "up_proj": (parent, row), "down_proj": (parent, column)}.get(name)
-    head = head_of(model, path, row, column)
+    head = head_of(model, name, row, column)
     return None if head is None else (parent, head)
 
 
 def owners(model, kind, shapes):
-    """path → for each flat entry its (family, unit)."""
-    return {
-        path: [owner(model, kind, path, row, column) for row in range(out) for column in range(in_)]
-        for path, (out, in_) in shapes.items()
-    }
+    """path → (family, the unit of each flat entry), or None."""
+    found = {}
+    for path, (out, in_) in shapes.items():
+        row, column = np.divmod(np.arange(out * in_), in_)
+        found[path] = owner(model, kind, path, row, column)
+    return found
 
 
 def brute_top(means, q, per):
@@ -65,11 +66,13 @@ def check(model, kind, values, q, per):
     units = units_of(model, kind)
     whose = owners(model, kind, units.shapes)
     sums, counts = {}, {}
-    for path in units.shapes:
-        for entry, value in zip(whose[path], values[path].double().flatten().tolist(), strict=True):
-            if entry is not None:
-                sums[entry] = sums.get(entry, 0.0) + value
-                counts[entry] = counts.get(entry, 0) + 1
+    for path, owned in whose.items():
+        if owned is not None:
+            family, unit = owned
+            weighted = np.bincount(unit, values[path].double().numpy().ravel())
+            for u, (value, n) in enumerate(zip(weighted.tolist(), np.bincount(unit).tolist(), strict=True)):
+                sums[family, u] = sums.get((family, u), 0.0) + value
+                counts[family, u] = counts.get((family, u), 0) + n
     means = units.means(values)
     in_order = {(name, u): sums[name, u] / counts[name, u] for name, n in units.counts.items() for u in range(n)}
     assert len(in_order) == len(sums)
@@ -80,7 +83,9 @@ def check(model, kind, values, q, per):
     chosen = brute_top(exact, q, per)
     group = top(values, q, per, units=units)
     for path in group:
-        assert group[path].tolist() == [i for i, entry in enumerate(whose[path]) if entry in chosen]
+        family, unit = whose[path] or ("", np.zeros(0, int))
+        taken = [u for name, u in chosen if name == family]
+        assert np.array_equal(group[path].numpy(), np.flatnonzero(np.isin(unit, taken)))
     assert (group.unit, group.info["units"], group.info["of_units"]) == (kind, len(chosen), len(exact))
     assert group.fraction == sum(counts[unit] for unit in chosen) / sum(v.numel() for v in values.values())
     taken = units.of_group(group)
@@ -153,7 +158,6 @@ def check_all(model, score):
             check(model, kind, values, 0.25, per)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES)
 def test_groups_of_the_organism(score):
     check_all(load("organism")[0], score)
