@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from deltalab.report import build_report
-from tests.report.fixture import drift_record
+from tests.report.fixture import drift_record, score_record
 
 pytestmark = pytest.mark.browser
 
@@ -24,11 +24,20 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory):
+RECORDS = {
+    "drift": drift_record,
+    "sweep": lambda: drift_record((0, 1, 2), sweep={"lr": [1e-4, 3e-4, 1e-3], "steps": [100, 200, 400]}, ablate=0),
+    "score-dynamics": lambda: score_record((42, 43, 44)),
+}
+
+
+@pytest.fixture(scope="module", params=RECORDS)
+def page_file(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("study")
-    (folder / "record.json").write_text(json.dumps(drift_record()))
-    return build_report(folder).page
+    (folder / "record.json").write_text(json.dumps(RECORDS[request.param]()))
+    with pytest.MonkeyPatch.context() as patch:  # the page alone
+        patch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
+        return build_report(folder).page
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -46,6 +55,14 @@ def test_the_page_fits_and_asks_for_nothing(browser, page_file, width, scheme):
         "Math.min(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width))"
     )
     assert smallest >= 280  # at 310 points of width, letters of 9 points stay above 8 pixels
+    outside = page.evaluate(
+        "[...document.querySelectorAll('svg')].filter(s => s.closest('details') === null)"
+        ".flatMap(s => [...s.querySelectorAll('g[id*=\"text_\"]')].filter(t => {"
+        "const a = t.getBoundingClientRect(), b = s.getBoundingClientRect();"
+        "return a.width && (a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1)"
+        "}).map(t => s.getAttribute('aria-label').slice(0, 60)))"
+    )
+    assert outside == []  # no clipped letters
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     ink = page.evaluate("getComputedStyle(document.querySelector('svg [style*=\"fill: var(--ink)\"]')).fill")

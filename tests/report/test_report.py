@@ -11,15 +11,12 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from deltalab.core.errors import UserError
-from deltalab.report import build_report, contents, figures, panels, plots, values
+from deltalab.report import build_report, contents, figures, panels, values
 from deltalab.report.page import page
+from deltalab.report.style import spread
 from deltalab.report.text import table, text
-from tests.report.fixture import GROUPS, KINDS, SETS, STEPS, drift_record
-
-
-@pytest.fixture(scope="module")
-def record():
-    return drift_record()
+from tests.report.fixture import drift_record, score_record
+from tests.report.reading import panels_of, tables_of
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +24,6 @@ def built(tmp_path_factory, record):
     folder = tmp_path_factory.mktemp("study")
     (folder / "record.json").write_text(json.dumps(record))
     return build_report(folder)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages and files without their pictures, where these are not what is tested: drawing takes seconds."""
-    monkeypatch.setattr("deltalab.report.page.inline", lambda panel, number: f'<svg aria-label="{number}"></svg>')
-    monkeypatch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
 
 
 class Page(html.parser.HTMLParser):
@@ -67,11 +57,16 @@ def numbers(value) -> list[float]:
 
 
 def test_everything_is_written(built):
-    assert built.page.stat().st_size < 1.5e6
+    assert built.page.stat().st_size < 2.5e6
     names = {p.name for p in built.figures}
     assert {
         "outcomes.png",
         "outcomes.svg",
+        "changes.png",
+        "steps.png",
+        "against.svg",
+        "ablation.png",
+        "freezing.svg",
         "drift-free.png",
         "distributions.svg",
         "groups.png",
@@ -131,11 +126,15 @@ def test_the_verdict_stands_first_and_the_spec_can_be_copied(built, parsed, reco
     import yaml
 
     words = "".join(parsed.words)
-    places = [words.index(v["sentence"].replace(" %", "\u00a0%")) for v in record["verdicts"]]
+    places = [
+        words.index(v["sentence"].partition(" Adjusted by")[0].replace(" %", "\u00a0%")) for v in record["verdicts"]
+    ]
     assert places == sorted(places)
     assert places[-1] < words.index("share") if "share" in words else True
     spec = re.search(r"<h3>Spec</h3>\s*<pre><code>(.*?)</code>", built.page.read_text(), re.S)
-    assert yaml.safe_load(html.unescape(spec[1])) == record["spec"]
+    assert yaml.safe_load(html.unescape(spec[1])) == {
+        key: value for key, value in record["spec"].items() if key != "output"
+    }
 
 
 def contrast(a: str, b: str) -> float:
@@ -167,83 +166,35 @@ def test_colours_have_contrast_by_day_and_night():
     assert schemes[0]["orange"] == figures.COLOURS["orange"]
 
 
-def test_figures_hold_the_records_numbers(record):
-    by_name = {plot.name: plot for plot in plots.plots(record)}
-    rates = {p.name: p for p in by_name["outcomes"].panels}
-    for name in SETS:
-        for row, arm in zip(rates[f"refusal-{name}"].rows, record["arms"].values(), strict=True):
-            rate = arm["safety"][name]["refusal"]
-            assert (row.label, row.value, row.low, row.high) == (arm["label"], rate["value"], rate["low"], rate["high"])
-            assert row.n == SETS[name]
-    assert [row.hollow for row in rates["skills"].rows] == [True, False, False, False]
-    replies = rates["replies-advbench"]
-    assert replies.rows[1][1] == [record["arms"]["free"]["safety"]["advbench"][part] for part in replies.parts]
-    panel = by_name["drift-free"].panels[0]
-    assert list(panel.x) == list(STEPS)
-    for line in panel.lines:
-        assert line.values == [
-            row["groups"][line.label.removesuffix(" (frozen)")]["l2_per_sqrt"]
-            for row in record["arms"]["free"]["curves"]
-        ]
-    low = [row["nulls"]["safety-only"]["band"]["l2_per_sqrt"]["low"] for row in record["arms"]["free"]["curves"]]
-    assert panel.band[0] == low
-    spreads = by_name["distributions"].panels
-    assert [row.zeros for row in spreads[1].rows] == [0, 0, 900, 0]
-    assert spreads[0].rows[0].quantiles[1] == record["arms"]["free"]["distributions"]["safety"]["quantiles"]["0.5"]
-    assert spreads[0].limits == spreads[1].limits
-    grid = by_name["groups"].panels[0]
-    assert (list(grid.rows), len(grid.columns)) == (list(GROUPS), len(KINDS))
-    assert by_name["times"].panels[0].rows == list(record["stages"].items())
-
-
-def test_panels_of_arms_share_their_axes(record):
-    tops = {}
-    for plot in plots.plots(record):
-        if plot.name.startswith("drift-"):
-            for panel in plot.panels:
-                tops.setdefault(panel.title, set()).add(panel.top)
-    assert all(len(t) == 1 for t in tops.values())
-    assert len(tops) == 3
-
-
 def test_every_number_of_the_text_comes_from_the_record(built, record):
     """Each cell of the tables is a number of the record as `number`, `percent` or a count writes it."""
     known = set()
     for n in [abs(n) for n in numbers(record)]:
-        known |= {
-            values.number(n).replace("−", "-"),
-            f"{n:,.0f}",
-            f"{100 * n:.0f}",
-            f"{100 * n:.1f}",
-            f"{100 * n:.2f}",
-            f"{n:.0f}",
-            f"{n:.3f}",
-            f"{n / 1e6:.2f}",
-            f"{n:g}",
-        }
+        known |= {values.number(n).replace("−", "-"), values.p_value(n), f"{n:,.0f}", f"{n:g}", f"{n / 1e6:.2f}"}
+        known |= {f"{n:.{digits}f}" for digits in range(4)} | {f"{100 * n:.{digits}f}" for digits in range(3)}
     checked = 0
-    for t in values.tables(record):
+    for t in tables_of(record).values():
+        if t.name == "ablation":
+            continue  # medians of the random groups
         for row in t.rows:
             for cell in row[1:]:
                 for found in re.findall(r"(?<![a-z])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", cell.replace("−", "-")):
-                    if "%" in cell and "minus" in cell:
-                        continue  # a group's label, which the record holds as words
                     assert found in known, (t.name, cell, found)
                     checked += 1
-    assert checked > 150
+    assert checked > 300
     whole = built.text.read_text()
-    for t in values.tables(record):
+    for t in tables_of(record).values():
         assert table(t) in whole
-    for verdict in record["verdicts"]:
-        assert f"* {verdict['name']}: {verdict['outcome']}." in whole
+    for one in record["verdicts"]:
+        assert f"* {one['name']}: {one['outcome']}." in whole
 
 
 def test_a_change_of_the_record_shows(record):
     changed = copy.deepcopy(record)
-    changed["arms"]["frozen"]["freeze"] |= {"max_change": 0.0123, "held": False}
+    changed["arms"]["frozen"]["freeze"] |= {"max_change": 0.0321, "held": False}
     changed["arms"]["free"]["safety"]["advbench"]["refusal"] = {"value": 0.111, "low": 0.06, "high": 0.19}
     said = text(contents.contents(changed))
-    assert "0.0123" in said
+    assert "0.0321" in said
     assert re.search(r"safety-only frozen .* NO$", said, re.M)
     assert "11 % [6, 19]" in said
     assert "11 % [6, 19]" not in text(contents.contents(record))
@@ -251,34 +202,14 @@ def test_a_change_of_the_record_shows(record):
 
 def test_the_json_twin_has_what_the_figures_draw(built, record):
     twin = json.loads(built.json.read_text())
-    assert twin["spec"] == record["spec"]
+    assert twin["spec"] == {key: value for key, value in record["spec"].items() if key != "output"}
     assert twin["verdicts"] == record["verdicts"]
     drawn = {f["name"]: f for s in twin["sections"] for f in s["figures"]}
     values_ = drawn["drift-free"]["panels"][0]["lines"][0]["values"]
     assert values_ == [row["groups"]["safety"]["l2_per_sqrt"] for row in record["arms"]["free"]["curves"]]
-    assert built.verdict.startswith("* refusals: fell.")
-
-
-def test_a_study_without_skills_or_without_harmless_prompts(record, undrawn):
-    lean = copy.deepcopy(record)
-    for arm in lean["arms"].values():
-        del arm["skills"], arm["safety"]["xstest_safe"]
-    found = contents.contents(lean)
-    assert "skills" not in {p.name for plot in found.plots() for p in plot.panels}
-    assert page(found, "0")
-    assert text(found)
-
-
-def test_undefined_measures_are_dashes(record):
-    lean = copy.deepcopy(record)
-    for row in lean["arms"]["free"]["curves"]:
-        for group in row["groups"].values():
-            group["cosine_distance"] = None
-    found = contents.contents(lean)
-    panel = next(p for plot in found.plots() for p in plot.panels if p.name == "drift-free-cosine_distance")
-    assert figures.inline(panel, 0).startswith("<svg")
-    drift = next(t for s in found.sections for t in s.tables if t.name == "drift")
-    assert drift.rows[0][6] == "—"
+    assert [lines["name"] for lines in drawn["steps"]["panels"][0]["panels"]][2] == "steps-free-drift"
+    assert built.verdict.startswith("* ablation:")
+    assert built.verdict.count("* ") == len(record["verdicts"])
 
 
 def test_labels_of_users_are_escaped(record, undrawn):
@@ -309,9 +240,9 @@ def test_output_may_lie_elsewhere(record, tmp_path, undrawn):
 
 
 def test_labels_at_line_ends_do_not_overlap():
-    placed = figures.spread([0.5, 0.5, 0.51, 0.9], 0.1, 0, 1)
+    placed = spread([0.5, 0.5, 0.51, 0.9], 0.1, 0, 1)
     assert sorted(placed) == pytest.approx([0.5, 0.6, 0.7, 0.9])
-    crowded = figures.spread([0.95, 0.96, 0.97], 0.1, 0, 1)
+    crowded = spread([0.95, 0.96, 0.97], 0.1, 0, 1)
     assert max(crowded) <= 1 + 1e-9
     assert min(b - a for a, b in zip(sorted(crowded), sorted(crowded)[1:], strict=False)) >= 0.1 - 1e-9
 
@@ -333,6 +264,19 @@ def test_numbers_in_words(value, shown):
 
 
 def test_a_panel_is_described_by_its_numbers(record):
-    for plot in plots.plots(record):
-        for panel in plot.panels:
-            assert re.search(r"\d", panels.describe(panel)), panel.name
+    for made in (record, score_record(), drift_record(sweep={"lr": [1e-4, 1e-3]}, ablate=0)):
+        for name, panel in panels_of(made).items():
+            assert re.search(r"\d", panels.describe(panel)), name
+            assert "nan" not in panels.describe(panel), name
+
+
+def test_long_labels_and_titles_stay_within_their_panel():
+    label = "a group of weights with a name that is much too long for a single line"
+    marks = [panels.Mark(label, 1.0, "blue", note="55 % → 66 %")]
+    size = figures.size_of(panels.Effects("x", label, "points", marks, 0.0))
+    assert size.left + size.right < 0.75 * figures.WIDTH
+    assert size.height > figures.size_of(panels.Effects("x", "", "points", [marks[0]._replace(label="short")])).height
+    figure = figures.draw([panels.Effects("x", label * 2, "points", marks, 0.0)], 1)
+    figure.canvas.draw()
+    box = figure.texts[0].get_window_extent()
+    assert box.x1 < figure.bbox.x1

@@ -5,9 +5,14 @@ from typing import Any
 
 import jinja2
 
-from deltalab.report.contents import TONES, Contents
+from deltalab.report.contents import Contents
 from deltalab.report.figures import inline
+from deltalab.report.panels import Plot
 from deltalab.report.values import Table
+from deltalab.report.verdicts import FEW, Told, matrix
+
+FINE = " Adjusted by Holm"
+"""Where the small print of a verdict begins."""
 
 
 def page(contents: Contents, version: str) -> str:
@@ -18,24 +23,58 @@ def page(contents: Contents, version: str) -> str:
     )
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     counter = iter(range(10_000))
-    parts = []
-    for section in contents.sections:
-        plots = [{"title": plot.title, "caption": plot.caption,
-                  "svgs": [inline(panel, next(counter)) for panel in plot.panels]} for plot in section.plots]  # fmt: skip
-        parts.append(
-            {
-                "id": section.id,
-                "name": section.name,
-                "plots": plots,
-                "tables": [_aligned(table) for table in section.tables],
-            }
-        )
+    parts = [
+        {
+            "id": section.id,
+            "name": section.name,
+            "plots": [_figure(plot, counter) for plot in section.plots],
+            "tables": [_aligned(table) for table in section.tables],
+        }
+        for section in contents.sections
+    ]
+    sections = [*((section.id, section.name) for section in contents.sections), ("reproduce", "Spec and versions")]
     return template.render(
-        title=contents.title, subtitle=contents.subtitle, style=here.joinpath("style.css").read_text(encoding="utf-8"),
-        verdicts=[{**verdict, "tone": TONES.get(verdict["outcome"], "fact")} for verdict in contents.verdicts], tiles=contents.tiles,
-        sections=[*((s.id, s.name) for s in contents.sections), ("reproduce", "Spec and versions")], parts=parts, facts=[_aligned(table) for table in contents.facts],
-        spec=contents.spec, command=contents.command, version=version,
-    )  # fmt: skip
+        title=contents.title,
+        subtitle=contents.subtitle,
+        style=here.joinpath("style.css").read_text(encoding="utf-8"),
+        verdicts=[_verdict(one, contents) for one in contents.verdicts],
+        by_place=_by_place(contents.verdicts),
+        tiles=contents.tiles,
+        sections=sections,
+        parts=parts,
+        facts=[_aligned(table) for table in contents.facts],
+        spec=contents.spec,
+        command=contents.command,
+        version=version,
+    )
+
+
+def _figure(plot: Plot, counter: Any) -> dict[str, Any]:
+    svgs = [inline(panel, next(counter)) for panel in plot.panels]
+    return {"title": plot.title, "caption": plot.caption, "svgs": svgs, "width": min(3, len(svgs))}
+
+
+def _verdict(one: Told, contents: Contents) -> dict[str, Any]:
+    """A verdict with its sentence apart from its small print, which must not break before a per cent sign."""
+    said, _, fine = one.sentence.replace(" %", "\u00a0%").partition(FINE)
+    link = any(section.id == one.section for section in contents.sections)
+    return {
+        "title": one.title,
+        "outcome": one.outcome,
+        "tone": one.tone,
+        "section": one.section,
+        "link": link,
+        "said": said,
+        "fine": (FINE + fine).strip() if fine else "",
+    }
+
+
+def _by_place(verdicts: list[Told]) -> dict[str, Any] | None:
+    """Outcomes as a table, where there are too many verdicts to read one below the other."""
+    if len(verdicts) <= FEW:
+        return None
+    names, rows = matrix(verdicts)
+    return {"names": names, "rows": rows}
 
 
 def _aligned(table: Table) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Plain values of the report's pictures: a panel is a NamedTuple of numbers and words, and `describe` says it in words.
 
-A panel is one small picture; a plot is its panels side by side. `figures.py` draws them, tests check them here.
+A panel is one small picture; a plot is its panels side by side. `drawing.py` draws them, tests check them here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,10 +29,19 @@ class Lines(NamedTuple):
     band_label: str = ""
     top: float | None = None  # of the y axis, where several panels are to be compared
     zero: bool = True  # whether the y axis begins at 0
+    reach: tuple[float, float] | None = None  # of the x axis, where several panels are to stand over each other
+
+
+class Stack(NamedTuple):
+    """Lines one above the other over one and the same x, so that they are read at the same steps."""
+
+    name: str
+    title: str
+    panels: Sequence[Lines]
 
 
 class Rate(NamedTuple):
-    """A share with its interval, and what it is a share of."""
+    """A share with its interval, and what it is a share of; of several seeds, also the share of each."""
 
     label: str
     value: float
@@ -39,6 +49,7 @@ class Rate(NamedTuple):
     high: float
     n: int
     hollow: bool = False
+    seeds: Sequence[float] = ()
 
 
 class Rates(NamedTuple):
@@ -49,6 +60,47 @@ class Rates(NamedTuple):
     xlabel: str
     rows: Sequence[Rate]
     colour: str
+
+
+class Compared(NamedTuple):
+    """Shares of several arms under each other in every row, and where all of them came from."""
+
+    name: str
+    title: str
+    xlabel: str
+    arms: Sequence[str]
+    colours: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Rate]]]
+    start: Rate
+
+
+class Mark(NamedTuple):
+    """An effect: its value with limits, that of each seed, and what random groups came to, where there are any.
+
+    start: where it came from (drawn open). note: words at the end of the row.
+    """
+
+    label: str
+    value: float
+    colour: str
+    low: float | None = None
+    high: float | None = None
+    seeds: Sequence[float] = ()
+    draws: Sequence[float] = ()
+    start: float | None = None
+    note: str = ""
+
+
+class Effects(NamedTuple):
+    """Effects on one axis. neutral: where nothing happened. zones: (from, to, label) that are shaded."""
+
+    name: str
+    title: str
+    xlabel: str
+    rows: Sequence[Mark]
+    neutral: float | None = None
+    zones: Sequence[tuple[float, float, str]] = ()
+    reach: tuple[float, float] | None = None  # of the axis; from what is drawn if not given
 
 
 class Shares(NamedTuple):
@@ -62,24 +114,27 @@ class Shares(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How one quantity spreads over the rows of a group: a histogram on a log axis with median and quartiles."""
+    """How one quantity spreads: a histogram on a log axis, its median, and its quartiles or its mean where known."""
 
     label: str
     colour: str
     edges: Sequence[float]  # log10
     counts: Sequence[int]
     zeros: int
-    quantiles: tuple[float, float, float]  # lower quartile, median, upper quartile; not logarithms
+    median: float  # not a logarithm, nor are the others
+    quartiles: tuple[float, float] | None = None
+    mean: float | None = None
 
 
 class Spreads(NamedTuple):
-    """Spreads of several groups under each other, on one axis."""
+    """Spreads under each other, on one axis. of: what is counted."""
 
     name: str
     title: str
     xlabel: str
     rows: Sequence[Spread]
     limits: tuple[float, float]  # of the axis, log10
+    of: str = "rows"
 
 
 class Grid(NamedTuple):
@@ -102,19 +157,7 @@ class Bars(NamedTuple):
     rows: Sequence[tuple[str, float]]
 
 
-class Draws(NamedTuple):
-    """What random draws came to, each a tick on the axis, and where the one value lies that is compared with them."""
-
-    name: str
-    title: str
-    xlabel: str
-    draws: Sequence[float]
-    label: str
-    value: float
-    colour: str
-
-
-Panel = Lines | Rates | Shares | Spreads | Grid | Bars | Draws
+Panel = Lines | Stack | Rates | Compared | Effects | Shares | Spreads | Grid | Bars
 
 
 class Plot(NamedTuple):
@@ -127,42 +170,79 @@ class Plot(NamedTuple):
     columns: int = 3
 
 
+def reach_of(panels: Sequence[Effects]) -> tuple[float, float]:
+    """The axis of effects: everything that is drawn, and the borders of the zones, with some room."""
+    values = [panel.neutral for panel in panels if panel.neutral is not None]
+    values += [
+        border for panel in panels for start, end, _ in panel.zones for border in (start, end) if math.isfinite(border)
+    ]
+    for mark in (mark for panel in panels for mark in panel.rows):
+        values += [mark.value, *mark.seeds, *mark.draws]
+        values += [value for value in (mark.low, mark.high, mark.start) if value is not None]
+    low, high = min(values), max(values)
+    room = 0.07 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def on_one_axis(panels: Sequence[Effects]) -> list[Effects]:
+    """Effects that are to be compared: their axes reach as far."""
+    return [panel._replace(reach=reach_of(panels)) for panel in panels]
+
+
 def describe(panel: Panel) -> str:
     """The panel in words and numbers: its alternative text."""
     match panel:
         case Lines():
-            band = [f"{panel.band_label} {panel.band[0][-1]:.3g} to {panel.band[1][-1]:.3g}"] if panel.band else []
-            parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines] + band
-            return f"{panel.title}, {panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}."
+            return f"{panel.title}, {_at_the_end(panel)}."
+        case Stack():
+            return f"{panel.title}. {'; '.join(_at_the_end(lines) for lines in panel.panels)}."
         case Rates():
-            return (
-                f"{panel.title}: "
-                + ", ".join(
-                    f"{r.label} {100 * r.value:.0f} % ({100 * r.low:.0f} to {100 * r.high:.0f})" for r in panel.rows
-                )
-                + "."
-            )
+            return f"{panel.title}: {', '.join(_rate(row) for row in panel.rows)}."
+        case Compared():
+            rows = [f"{label}: {', '.join(_rate(rate) for rate in rates)}" for label, rates in panel.rows]
+            return f"{panel.title}, from {_rate(panel.start)}. {'; '.join(rows)}."
+        case Effects():
+            return f"{panel.title}, {panel.xlabel}: {'; '.join(_mark(row) for row in panel.rows)}."
         case Shares():
             counted = [
-                f"{label}: " + ", ".join(f"{n} {part}" for n, part in zip(counts, panel.parts, strict=True))
+                f"{label}: {', '.join(f'{n} {part}' for n, part in zip(counts, panel.parts, strict=True))}"
                 for label, counts in panel.rows
             ]
             return f"{panel.title}. {'; '.join(counted)}."
         case Spreads():
-            return (
-                f"{panel.title}, {panel.xlabel}, medians: "
-                + ", ".join(f"{row.label} {row.quantiles[1]:.3g}" for row in panel.rows)
-                + "."
-            )
+            medians = ", ".join(f"{row.label} {row.median:.3g}" for row in panel.rows)
+            return f"{panel.title}, {panel.xlabel}, medians: {medians}."
         case Grid():
-            cells = [f"{row}: " + ", ".join(f"{c} {100 * v:.1f}" for c, v in zip(panel.columns, line, strict=True) if v is not None)
-                     for row, line in zip(panel.rows, panel.values, strict=True)]  # fmt: skip
-            return f"{panel.title}. {'; '.join(cells)}."
-        case Draws():
-            return f"{panel.title}, {panel.xlabel}: {panel.label} {panel.value:.4g}; {len(panel.draws)} random draws from {min(panel.draws):.4g} to {max(panel.draws):.4g}."
+            rows = [f"{row}: {_cells(panel, values)}" for row, values in zip(panel.rows, panel.values, strict=True)]
+            return f"{panel.title}. {'; '.join(rows)}."
         case Bars():
-            return (
-                f"{panel.title}, {panel.xlabel}: "
-                + ", ".join(f"{label} {value:.1f}" for label, value in panel.rows)
-                + "."
-            )
+            return f"{panel.title}, {panel.xlabel}: {', '.join(f'{label} {value:.1f}' for label, value in panel.rows)}."
+
+
+def _at_the_end(panel: Lines) -> str:
+    parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines]
+    if panel.band:
+        parts.append(f"{panel.band_label} {panel.band[0][-1]:.3g} to {panel.band[1][-1]:.3g}")
+    return f"{panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}"
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.label} {100 * rate.value:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
+
+
+def _mark(mark: Mark) -> str:
+    said = f"{mark.label} {mark.value:.4g}"
+    if mark.start is not None:
+        said += f", from {mark.start:.4g}"
+    if mark.low is not None and mark.high is not None:
+        said += f" ({mark.low:.4g} to {mark.high:.4g})"
+    if mark.seeds:
+        said += f", by seed {', '.join(f'{value:.4g}' for value in mark.seeds)}"
+    if mark.draws:
+        said += f", {len(mark.draws)} random groups from {min(mark.draws):.4g} to {max(mark.draws):.4g}"
+    return said.replace("-", "−")
+
+
+def _cells(panel: Grid, values: Sequence[float | None]) -> str:
+    named = zip(panel.columns, values, strict=True)
+    return ", ".join(f"{column} {100 * value:.1f}" for column, value in named if value is not None)

@@ -30,8 +30,8 @@ def text(contents: Contents) -> str:
 def verdicts(contents: Contents) -> str:
     """Each verdict as a paragraph: its name and outcome, then the sentence."""
     return "\n".join(
-        textwrap.fill(f"* {v['name']}: {v['outcome']}. {v['sentence']}", WIDTH, subsequent_indent="  ")
-        for v in contents.verdicts
+        textwrap.fill(f"* {one.title}: {one.outcome}. {one.sentence}", WIDTH, subsequent_indent="  ")
+        for one in contents.verdicts
     )
 
 
