@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deltalab.organism", description="The bundled pair of models.")
     verbs = parser.add_subparsers(required=True)
     build = verbs.add_parser(
-        "build", help="train base and chat; takes a stopped run up again (two to three hours on 2 cores)"
+        "build", help="train base and chat; takes a stopped run up again (half an hour on 2 cores)"
     )
     build.add_argument("--work", type=Path, default=Path("organism-build"), help="checkpoints and logs")
     build.add_argument("--out", type=Path, default=None, help="where the models go (default: into the package)")
