@@ -132,7 +132,7 @@ def test_all_faults_of_a_spec_are_told_at_once(study: Path) -> None:
     )
     said.fails_with(
         "has 8 faults", "gruops: unknown key; did you mean groups?", "groups.q: should be less than or equal to 1", "groups.nulls: should be greater than or equal to 20",
-        "tune.adapt.0.rr: unknown key; did you mean r?", "tune.optim.lr: should be a valid number", "arms.1.freeze: should be 'none', 'exact' or 'delta_mask'",
+        "tune.adapt.0.rr: unknown key; did you mean r?", "tune.optim.lr: should be a valid number", "arms.1.freeze: should be 'none', 'grad_mask', 'exact', 'rewind' or 'delta_mask'",
         "evaluate.prompts: no prompt set is called 'advbnch'", "score.samples: should be greater than 0",
     )  # fmt: skip
     assert not (study.parent / "out").exists()
@@ -197,11 +197,13 @@ def test_a_report_of_nothing(here: Path, study: Path, whole: dict[str, Path]) ->
     assert sorted(p.name for p in here.iterdir() if not p.name.startswith(".")) == ["record.json", "study.yaml"]
 
 
-@pytest.mark.parametrize("kib", [48, 160, 400])
-def test_a_full_disk(study: Path, kib: int) -> None:
+@pytest.mark.parametrize(
+    ("kib", "said"), [(48, "too little space for the scores"), (160, "the disk is full"), (400, "the disk is full")]
+)
+def test_a_full_disk(study: Path, kib: int, said: str) -> None:
     """Each size fills in another stage."""
     with small_disk(study.parent / "disk", f"{kib}k") as disk:
-        run(study, "--output", str(disk / "out")).fails_with("the disk is full", "MiB free")
+        run(study, "--output", str(disk / "out")).fails_with(said, "MiB free")
         assert left_behind(disk) == []
         for result in disk.glob("out/*/result.json"):
             json.loads(result.read_text())
