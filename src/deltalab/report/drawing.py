@@ -38,6 +38,7 @@ def _lines(ax: Axes, panel: Lines) -> None:
         ax.plot(panel.x, line.values, color=colour, linewidth=1.8, marker="o", markersize=2.8, zorder=3, clip_on=False)
     ax.set_xlabel(panel.xlabel)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlim(panel.reach or (panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1))
     low, high = ax.get_ylim()
     high = panel.top or high

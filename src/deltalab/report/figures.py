@@ -132,17 +132,16 @@ def size_of(panel: Panel) -> Size:
         return Size(0.1 + sum(part.height for part in parts), left, right, 0.36, 0.52)
     if isinstance(panel, Lines):
         labels = [line.label for line in panel.lines] + [panel.band_label]
-        return Size(2.95, 0.62, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
+        return Size(2.95, 0.68, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
     row, labels = ROWS[type(panel)], [wrapped(label) for label in labels_of(panel)]
+    right, top = row.right, row.top
+    if isinstance(panel, Effects):
+        right += LETTER * max((len(mark.note) for mark in panel.rows), default=0)
+        top += LINE if any(label for _, _, label in panel.zones) else 0
     lines = [line for label in labels for line in label.split("\n")]
     tallest = max((label.count("\n") + 1 for label in labels), default=1)
-    right = (
-        row.right + LETTER * max((len(mark.note) for mark in panel.rows), default=0)
-        if isinstance(panel, Effects)
-        else row.right
-    )
-    height = row.top + row.bottom + 0.12 + max(row.height, LINE * tallest + 0.06) * len(panel.rows)
-    return Size(height, 0.16 + LETTER * max(map(len, lines), default=0), right, row.top, row.bottom)
+    height = top + row.bottom + 0.12 + max(row.height, LINE * tallest + 0.06) * len(panel.rows)
+    return Size(height, 0.16 + LETTER * max(map(len, lines), default=0), right, top, row.bottom)
 
 
 def paint(figure: Figure, panel: Panel, left: float, top: float) -> None:

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from deltalab.report.outcomes import change_row, difference
+from deltalab.report.outcomes import change_row, difference, dots
 from deltalab.report.panels import Effects, Mark, Plot, on_one_axis
 from deltalab.report.values import (
     ARM_COLOURS,
@@ -47,8 +47,8 @@ def _plots(record: Record, verdicts: list[Told]) -> list[Plot]:
     panels = [panel for pair in zip(shares, gains, strict=True) for panel in pair]
     caption = (
         "Harmful prompts of all sets together. Shares that were refused, and what freezing the group gained over freezing nothing and "
-        "over freezing as many random entries: prompt by prompt, in percentage points with 95 % intervals; small dots: each seed. Grey: "
-        "within the margin."
+        "over freezing as many random entries: prompt by prompt, in percentage points with 95 % intervals"
+        f"{dots(record)}. Grey: within the margin."
     )
     return [Plot("freezing", "What freezing did to refusals", caption, panels, 2)] if panels else []
 

@@ -37,7 +37,7 @@ def section(record: Record) -> Section:
     ]
     changes = _changes(record)
     if changes:
-        plots.append(Plot("changes", "How sure the changes are", _CHANGES, changes))
+        plots.append(Plot("changes", "How sure the changes are", _CHANGES.format(dots=dots(record)), changes))
     tables = [
         *_set_tables(record),
         *_skills(record),
@@ -110,6 +110,11 @@ def _panel(record: Record, name: str, title: str, xlabel: str, colour: str, of: 
     return Compared(name, title, xlabel, kinds, ARM_COLOURS[: len(kinds)], rows, _rate(arms["before"], of))
 
 
+def dots(record: Record) -> str:
+    """What a caption says of the seeds' small dots, where there are any."""
+    return "; small dots: each seed" if seeds(record) > 1 else ""
+
+
 def _rate(arm: dict[str, Any], of: str | None, hollow: bool = False) -> Rate:
     """Refusals of a set of prompts, or skills (None)."""
     found = arm["skills"] if of is None else arm["safety"][of]
@@ -169,8 +174,8 @@ def _skills(record: Record) -> list[Table]:
 # ---- how sure the changes are -------------------------------------------------------------------------------------
 
 _CHANGES = (
-    "Change of each share against the untouched model, prompt by prompt, in percentage points, with 95 % intervals; small dots: "
-    "each seed. Grey: changes within the margin, which count as none if the whole interval lies there."
+    "Change of each share against the untouched model, prompt by prompt, in percentage points, with 95 % intervals{dots}. "
+    "Grey: changes within the margin, which count as none if the whole interval lies there."
 )
 
 

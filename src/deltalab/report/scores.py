@@ -49,8 +49,7 @@ def tiles(record: Record) -> list[Tile]:
     for what, label in AFTER.items():
         one = next((one for one in told(record, "score") if one.name == f"score, {what}"), None)
         if one:
-            shown = percent(one.numbers["change"], 1)
-            value = shown if shown.startswith("−") else f"+{shown}"
+            value = with_limits(one.numbers["change"], None, None)
             out.append(Tile(f"Score of '{record['focus']}', {what}", value, _note(one, label)))
     return out
 
@@ -96,7 +95,7 @@ def _mark(record: Record, one: Told, what: str) -> Mark:
     bounds = [None if numbers[side] is None else 100 * numbers[side] for side in ("low", "high")]
     points = [100 * value for value in several(numbers["per_seed"])]
     colour = COLOURS[what] if arm["freeze"]["variant"] == "none" else "green"
-    note = percent(numbers["change"], 1)
+    note = with_limits(numbers["change"], None, None)
     return Mark(
         arm["label"],
         100 * numbers["change"],
@@ -199,7 +198,7 @@ def _spread(label: str, colour: str, edges: Sequence[float], parts: Sequence[dic
 
 
 def _layers(record: Record, key: str, arm: dict[str, Any]) -> list[Lines]:
-    ylabel = "change of the mean score, %"
+    ylabel = "change of the mean, %"
     panels = []
     for what, label in AFTER.items():
         changes = {name: _by_layer(record, arm, what, name) for name in _names(record)}

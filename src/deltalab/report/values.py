@@ -65,7 +65,10 @@ def set_name(name: str) -> str:
 
 def percent(value: float | None, digits: int = 0) -> str:
     """A share as per cent, or a dash."""
-    return "—" if value is None else f"{100 * value:.{digits}f} %".replace("-", "−")
+    if value is None:
+        return "—"
+    shown = f"{abs(100 * value):.{digits}f}"
+    return f"{'−' if value < 0 and float(shown) else ''}{shown} %"
 
 
 def interval(rate: dict[str, float]) -> str:
