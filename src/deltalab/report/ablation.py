@@ -35,7 +35,7 @@ def section(record: Record) -> Section | None:
     ]  # fmt: skip
     caption = (
         f"Shares of replies with the group '{record['focus']}' at zero (filled), of the whole model (open), and with each of "
-        f"{len(random)} random groups matched on |W| at zero (histogram). All harmful prompts together."
+        f"{len(random)} random groups matched on |W| at zero (grey). All harmful prompts together."
     )
     plot = Plot(
         "ablation",
