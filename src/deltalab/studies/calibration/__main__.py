@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deltalab.studies.calibration.geometry import Size, made
 from deltalab.studies.calibration.tables import markdown
 
 SEEDS = (1, 3, 5)
+BORDERS, BEYOND = (-0.1, -0.05, 0.0, 0.05), (-0.2, -0.15, -0.075, 0.1)
 TIMES = (1.01, 1.02, 1.05, 1.1, 1.2)
 Rates = dict[str, list[s.Rate]]
 
@@ -41,43 +43,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def drift_tables(data: Mapping[str, s.Arrays], repeats: int, say: Callable[[str], None]) -> Rates:
-    """False claims, power, families and coverage of the drift verdict."""
-    drift, out = data["drift"], {}
+    """False claims, power, families and coverage of the drift verdict, by kind of study."""
+    drift, out = data["drift"], defaultdict[str, list[s.Rate]](list)
     for seeds in SEEDS:
-        out[f"drift, no effect, {seeds}"] = s.drift_claims(drift, seeds, repeats)
-        out[f"drift, at the margin, {seeds}"] = s.drift_claims(drift, seeds, repeats, times=1.1)
+        out["drift: random groups"] += s.drift_claims(drift, seeds, repeats)
+        out["drift: random groups, ΔW × 1.1 (the margin)"] += s.drift_claims(drift, seeds, repeats, times=1.1)
         for times in TIMES:
-            out[f"drift, × {times:g}, {seeds}"] = s.drift_claims(drift, seeds, repeats // 4, times=times, margin=None)
-        out[f"drift, coverage, {seeds}"] = [s.drift_coverage(drift, seeds, repeats)]
-        out[f"drift, family, {seeds}"] = s.families(drift, seeds, repeats) + s.families(
-            drift, seeds, repeats // 4, times=1.1
-        )
-        out[f"drift, shuffled, {seeds}"] = s.shuffled_claims(data["shuffled"], data["counted"], seeds, repeats // 2)
+            out[f"drift: random groups, ΔW × {times:g}, no margin"] += s.drift_claims(
+                drift, seeds, repeats // 4, times=times, margin=None
+            )
+        out["drift: intervals"] += [s.drift_coverage(drift, seeds, repeats)]
+        out["drift: eight random groups"] += s.families(drift, seeds, repeats)
+        out["drift: eight random groups, ΔW × 1.1 (the margin)"] += s.families(drift, seeds, repeats, times=1.1)
+        out["drift: shuffled copies"] += s.shuffled_claims(data["shuffled"], data["counted"], seeds, repeats // 2)
         say(f"drift verdicts over {seeds} seeds")
-    return out
+    return dict(out)
 
 
 def score_tables(data: Mapping[str, s.Arrays], repeats: int, say: Callable[[str], None]) -> Rates:
     """False claims, power and coverage of the score verdict; shares; intervals of means."""
-    scores, out = data["scores"]["scores"][:, 1:], {}
+    scores, out = data["scores"]["scores"][:, 1:], defaultdict[str, list[s.Rate]](list)
     for seeds in SEEDS:
-        kinds: list[tuple[str, int | None, bool]] = [("64 samples given", 64, True)]
-        kinds += [("all samples, none given", None, False), ("64 samples, none given", 64, False)] if seeds > 1 else []
+        kinds: list[tuple[str, int | None, bool]] = [("64 samples, given", 64, True)]
+        kinds += [("all samples, not given", None, False), ("64 samples, not given", 64, False)] if seeds > 1 else []
         for label, samples, given in kinds:
-            for truth in (-0.1, -0.05, 0.0, 0.05):
-                out[f"score, {label}, at {truth:+.0%}, {seeds}"] = s.score_claims(
-                    scores, seeds, repeats, truth, samples, given
+            for truth in (*BORDERS, *BEYOND):
+                times = repeats if truth in BORDERS else repeats // 4
+                out[f"score: {label}, true change {truth:+.1%}"] += s.score_claims(
+                    scores, seeds, times, truth, samples, given, draws=39
                 )
-            for truth in (-0.2, -0.15, -0.075, 0.1):
-                out[f"score, {label}, at {truth:+.1%}, {seeds}"] = s.score_claims(
-                    scores, seeds, repeats // 4, truth, samples, given
-                )
-        out[f"score, against random groups, {seeds}"] = s.score_claims(scores, seeds, repeats, None, 64, True)
-        out[f"shares, {seeds}"] = s.share_claims(seeds, repeats)
+        out["score: against random groups"] += s.score_claims(scores, seeds, repeats, None, 64, True)
+        out["shares"] += s.share_claims(seeds, repeats)
         if seeds > 1:
-            out[f"means, {seeds}"] = s.nested_coverage(seeds, repeats)
+            out["means"] += s.nested_coverage(seeds, repeats)
         say(f"score verdicts over {seeds} seeds")
-    return out
+    return dict(out)
 
 
 if __name__ == "__main__":

@@ -158,9 +158,12 @@ def families(
     found = []
     for study in drawn(arrays, seeds, repeats, draws, seed, groups):
         alone = [judged(arrays, study, int(group), 0.1 if times != 1 else None, times) for group in study.groups]
-        wrong = ("alike",) if times != 1 else ("drifts more", "drifts less")
+        wrong, what = (("drifts more", "drifts less"), "otherwise") if times == 1 else (("alike",), "alike")
         one: Counter[str] = Counter()
-        for label, verdicts in ((f"any of {groups}, unadjusted", alone), (f"any of {groups}, Holm", family(alone))):
+        for label, verdicts in (
+            (f"any of {groups} {what}, unadjusted", alone),
+            (f"any of {groups} {what}, Holm", family(alone)),
+        ):
             one[label] = int(any(v.outcome in wrong for v in verdicts))
         found.append(one)
     return rates(found, seeds)
@@ -225,33 +228,39 @@ OUTCOMES = ("representational drift", "falls by 5–10 %", "global redistributio
 
 
 class Trap(NamedTuple):
-    """Relative changes that selection makes, with their limits over the splits that chose."""
+    """What selection does to a mean score, relative changes with limits over the splits that chose.
 
+    winners: on the same samples and an untouched model, how far the group that they chose lies above those that other
+    samples chose. untouched_same, untouched_fresh: the change 'before' → 'after' of that same model, after on samples new
+    to everything, before on those that chose, or on a third set; as a share of all entries' mean. tuned_same, tuned_fresh:
+    before and after a tuning on the same samples, those that chose, or others; lost: the first less the second, on the
+    same samples.
+    """
+
+    winners: Interval
     untouched_same: Interval
     untouched_fresh: Interval
     tuned_same: Interval
     tuned_fresh: Interval
-    every: Interval
+    lost: Interval
 
 
 def trap(chosen: np.ndarray, every: np.ndarray) -> Trap:
-    """The selection trap, from `geometry.selection`.
-
-    untouched: the score 'after' is that of the *same* model on another split, as a share of all entries' there; 'before' is
-    that on the split that chose (same), or on a third one (fresh). tuned: before and after on the same samples, those that
-    chose (same) or others (fresh), mean over tunings. every: all entries, untouched, from one split to another.
-    """
-    share = chosen / every[:, None, :]  # of all entries' mean, so that a split's own level drops out
-    splits = range(chosen.shape[1])
-    untouched = share[0]
-    pairs = [(j, k) for j in splits for k in splits if j < k]
-    same = [np.mean([untouched[i, j] / untouched[i, i] - 1 for j in splits if j != i]) for i in splits]
-    fresh = [np.mean([untouched[i, j] / untouched[i, k] - 1 for k, j in pairs if i not in (j, k)]) for i in splits]
-    change = chosen[1:] / chosen[0] - 1
-    tuned_same = [change[:, i, i].mean() for i in splits]
-    tuned_fresh = [np.mean([change[:, i, j] for j in splits if j != i]) for i in splits]
-    level = [np.mean([every[0, j] / every[0, i] - 1 for j in splits if j != i]) for i in splits]
-    return Trap(*(student(values).interval() for values in (same, fresh, tuned_same, tuned_fresh, level)))
+    """The selection trap, from `geometry.selection`."""
+    count = chosen.shape[1]
+    untouched = chosen[0] / every[0]  # of all entries' mean, so that a split's own level drops out
+    change = (chosen[1:] / chosen[0] - 1).mean(0)
+    found: dict[str, list[float]] = {name: [] for name in Trap._fields}
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        pairs = [(k, j) for k in others for j in others if k < j]
+        found["winners"].append(chosen[0, i, i] / chosen[0, others, i].mean() - 1)
+        found["untouched_same"].append(float(np.mean(untouched[i, others] / untouched[i, i] - 1)))
+        found["untouched_fresh"].append(float(np.mean([untouched[i, j] / untouched[i, k] - 1 for k, j in pairs])))
+        found["tuned_same"].append(change[i, i])
+        found["tuned_fresh"].append(change[i, others].mean())
+        found["lost"].append(change[i, i] - change[others, i].mean())
+    return Trap(**{name: student(values).interval() for name, values in found.items()})
 
 
 # ---- shares and seeds ---------------------------------------------------------------------------------------------
