@@ -140,6 +140,14 @@ MUTANTS = [
         "prompts taken as fixed over seeds", "core/stats/means.py", "whole = ms_seed + ms_item - ms_rest", "whole = ms_seed",
         "tests/core/test_means.py",
     ),
+    mutant(
+        "selection and measurement on the same split", "studies/score_dynamics.py", '"measure": (self.data, slice(1, n, 2))',
+        '"measure": (self.data, slice(0, n, 2))', "tests/studies/test_score_dynamics.py",
+    ),
+    mutant(
+        "an arm compared with the free arm of another cell", "studies/conclusions.py", "if arm.cell == name]) for name", "]) for name",
+        "tests/studies/test_conclusions.py",
+    ),
 ]  # fmt: skip
 
 

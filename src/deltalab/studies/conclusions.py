@@ -125,11 +125,7 @@ def _freezing(cell: Cell, seeds: list[int], results: Results, margin: float) -> 
             continue
         control = next((c.name for c in controls if c.freeze == arm.freeze), next((c.name for c in controls), None))
         proof = frozen_together([results[f"tune:{run.name}"]["freeze"] for run in runs_of([arm], seeds)])
-        label = (
-            arm.label.removesuffix(f", {arm.cell}").replace(" frozen", "")
-            if arm.cell
-            else arm.label.replace(" frozen", "")
-        )
+        label = arm.label.removesuffix(f", {arm.cell}").replace(" frozen", "")
         out.append(cell.named(freezing(label, proof, harmful, cell.arms[0].name, arm.name, control, margin)))
     return out
 
