@@ -222,7 +222,7 @@ def _drifted(rng: np.random.Generator, run: Run) -> Record:
     curves = []
     for step in STEPS:
         t = step / STEPS[-1]
-        groups = {g: _measures(t, scale[g], g == frozen) for g in names}
+        groups = {g: _measures(t, scale[g], g == frozen and run.arm.freeze != "rewind") for g in names}
         nulls = {
             kind: {"draws": 99, "band": _band([_measures(t, s, False) for s in scales])}
             for kind, scales in draws.items()
@@ -231,7 +231,7 @@ def _drifted(rng: np.random.Generator, run: Run) -> Record:
     end = {kind: [_measures(1, s, False) for s in scales] for kind, scales in draws.items()}
     layer = {"value": 0.0 if frozen == "safety-only" else 1.19, "low": 0.94, "high": 1.06}
     final = {
-        "step": STEPS[-1], "values": curves[-1]["groups"]["safety-only"],
+        "step": STEPS[-1], "values": _measures(1, scale["safety-only"], frozen == "safety-only"),
         "nulls": {kind: {m: [one[m] for one in ends] for m in ("l2_per_sqrt", "cosine_distance")} for kind, ends in end.items()},
         "layers": {kind: {str(i): layer for i in range(LAYERS)} for kind in draws},
     }  # fmt: skip

@@ -87,7 +87,7 @@ def test_shares_of_single_seeds_stand_beside_their_mean():
     assert list(row.seeds) == [run["safety"]["advbench"]["refusal"] for run in arm["runs"]]
     assert row.value == pytest.approx(sum(row.seeds) / 3)
     assert "means over 3 seeds" in figures_of(record)["outcomes"].caption
-    shares = panels_of(record)["frozen-0"].rows[1]
+    shares = panels_of(record)["frozen-shares"].rows[1]
     assert shares.value == pytest.approx(
         100 * (104 * row.value + 100 * arm["safety"]["jailbreakbench"]["refusal"]["value"]) / 204
     )
@@ -132,7 +132,7 @@ def test_a_sweep_is_told_by_cell(undrawn):
     head = source[source.index('class="outcomes"') : source.index("</table>")]
     assert head.count("<tr>") == 10
     assert all(f">{v['outcome']}<" in head for v in record["verdicts"])
-    assert source.index("All 45 verdicts in words") < source.index(
+    assert source.index("These 45 verdicts in words") < source.index(
         html.escape(record["verdicts"][-1]["sentence"].split(" %")[0])
     )
     assert all(t.folded for t in tables_of(record).values() if len(t.rows) > 20)
@@ -164,6 +164,9 @@ def test_freezing_is_told_in_full(record):
     )
     assert rows["nothing frozen"][0] == "nothing"
     assert "Safety-only frozen (rewind): the others were trained beside entries that moved." in table_.note
+    moving = next(line for line in panels_of(record)["drift-rewound-l2_per_sqrt"].lines if "put back" in line.label)
+    assert moving.values[-1] > 0
+    assert "put back after the last step" in figures_of(record)["drift-rewound"].caption
     sizes = {row[0]: row[1:] for row in tables_of(record)["groups"].rows}
     assert sizes["safety (top 5 %)"][:2] == ("5.00 %", "5.64 %")
 

@@ -194,6 +194,8 @@ _BAND = "Grey band: 2.5 % to 97.5 % of random groups with the focus's count in e
 def _overlaps(arm: dict[str, Any]) -> str:
     if not arm["freeze"]["group"]:
         return ""
+    if arm["freeze"]["variant"] == "rewind":
+        return " The curves are of the training; its group was put back after the last step."
     return " Other groups share some entries with the frozen one, and these do not move either."
 
 

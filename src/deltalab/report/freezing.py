@@ -42,24 +42,23 @@ def section(record: Record) -> Section | None:
 
 def _plots(record: Record, verdicts: list[Told]) -> list[Plot]:
     found = [cell for cell in cells(record) if any(one.where == cell.name for one in verdicts)]
-    shares = [_shares(record, cell, i) for i, cell in enumerate(found)]
-    gains = on_one_axis([_gains(cell, verdicts, i) for i, cell in enumerate(found)])
-    panels = [panel for pair in zip(shares, gains, strict=True) for panel in pair]
+    shares = [_shares(record, cell) for cell in found] if len(cells(record)) == 1 else []
+    panels = shares + on_one_axis([_gains(cell, verdicts, i) for i, cell in enumerate(found)])
     caption = (
-        "Harmful prompts of all sets together. Shares that were refused, and what freezing the group gained over freezing nothing and "
-        "over freezing as many random entries: prompt by prompt, in percentage points with 95 % intervals"
+        "What freezing the group gained in refusals of harmful prompts, of all sets together, over freezing nothing and over "
+        "freezing as many random entries: prompt by prompt, in percentage points with 95 % intervals"
         f"{dots(record)}. Grey: within the margin."
     )
     return [Plot("freezing", "What freezing did to refusals", caption, panels, 2)] if panels else []
 
 
-def _shares(record: Record, cell: Cell, number: int) -> Effects:
+def _shares(record: Record, cell: Cell) -> Effects:
     """The share of harmful prompts that each arm of a cell refused."""
     before = record["arms"]["before"]
     sizes = {name: before["safety"][name]["n"] for name in harmful_sets(record)}
     marks = [_share(before, sizes, "grey")]
     marks += [_share(arm, sizes, colour) for arm, colour in zip(cell.arms.values(), itertools.cycle(ARM_COLOURS))]
-    return Effects(f"frozen-{number}", place(cell, "Harmful prompts refused"), "share, %", marks, reach=(0, 100))
+    return Effects("frozen-shares", place(cell, "Harmful prompts refused"), "share, %", marks, reach=(0, 100))
 
 
 def _share(arm: dict[str, Any], sizes: dict[str, int], colour: str) -> Mark:

@@ -9,7 +9,7 @@ from deltalab.report.contents import Contents
 from deltalab.report.figures import inline
 from deltalab.report.panels import Plot
 from deltalab.report.values import Table
-from deltalab.report.verdicts import FEW, Told, matrix
+from deltalab.report.verdicts import Told, apart, matrix
 
 FINE = " Adjusted by Holm"
 """Where the small print of a verdict begins."""
@@ -32,13 +32,15 @@ def page(contents: Contents, version: str) -> str:
         }
         for section in contents.sections
     ]
+    alone, tabled = apart(contents.verdicts)
     sections = [*((section.id, section.name) for section in contents.sections), ("reproduce", "Spec and versions")]
     return template.render(
         title=contents.title,
         subtitle=contents.subtitle,
         style=here.joinpath("style.css").read_text(encoding="utf-8"),
-        verdicts=[_verdict(one, contents) for one in contents.verdicts],
-        by_place=_by_place(contents.verdicts),
+        verdicts=[_verdict(one, contents) for one in alone],
+        tabled=[_verdict(one, contents) for one in tabled],
+        outcomes=matrix(tabled),
         tiles=contents.tiles,
         sections=sections,
         parts=parts,
@@ -67,14 +69,6 @@ def _verdict(one: Told, contents: Contents) -> dict[str, Any]:
         "said": said,
         "fine": (FINE + fine).strip() if fine else "",
     }
-
-
-def _by_place(verdicts: list[Told]) -> dict[str, Any] | None:
-    """Outcomes as a table, where there are too many verdicts to read one below the other."""
-    if len(verdicts) <= FEW:
-        return None
-    names, rows = matrix(verdicts)
-    return {"names": names, "rows": rows}
 
 
 def _aligned(table: Table) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def labels_of(panel: Any) -> list[str]:
 def _zeros(row: Spread, of: str) -> str:
     """How many were at zero, where the histogram shows the others."""
     total = row.zeros + sum(row.counts)
-    return f"\n{100 * row.zeros / total:.1f} % of {of} at 0" if row.zeros and row.zeros < total else ""
+    if not 0 < row.zeros < total:
+        return ""
+    share = 100 * row.zeros / total
+    return f"\n{share:.1f} % of {of} at 0" if share >= 0.1 else f"\n{row.zeros} of {of} at 0"
 
 
 def power(exponent: int, before: str = "") -> str:

@@ -157,9 +157,11 @@ def has_skills(record: Record) -> bool:
 
 
 def shown(name: str, arm: dict[str, Any]) -> str:
-    """A group's name, marked where the arm froze it."""
+    """A group's name, marked where the arm froze it, or put it back when the training was over."""
     said = "matched random" if name == "matched" else name
-    return f"{said} (frozen)" if arm["freeze"]["group"] == name else said
+    if arm["freeze"]["group"] != name:
+        return said
+    return f"{said} (put back)" if arm["freeze"]["variant"] == "rewind" else f"{said} (frozen)"
 
 
 def group_colour(name: str) -> str:

@@ -17,8 +17,8 @@ TONES = {**dict.fromkeys(BAD, "bad"), **dict.fromkeys(GOOD, "good"), **dict.from
 SECTIONS = {"drift": "drift", "score": "scores", "ablation": "ablation", "freezing": "freezing"}
 """Kind of a verdict → the section with its picture; the other kinds are of replies."""
 
-FEW = 12
-"""Verdicts that are told one below the other; more become a table of outcomes first."""
+FEW = 10
+"""Verdicts that are told one below the other; of more, those that several places have become a table of outcomes first."""
 
 
 class Told(NamedTuple):
@@ -64,6 +64,13 @@ def told(record: Record, *kinds: str) -> list[Told]:
         name = verdict["name"].removesuffix(f" ({where})")
         out.append(Told(name, where, verdict["outcome"], verdict["sentence"], verdict["numbers"]))
     return [one for one in out if not kinds or one.kind in kinds]
+
+
+def apart(verdicts: Sequence[Told]) -> tuple[list[Told], list[Told]]:
+    """Verdicts to be told one by one, and those for a table, of which every place (a cell, an arm) has one."""
+    names = [one.name for one in verdicts]
+    tabled = [one for one in verdicts if len(verdicts) > FEW and names.count(one.name) > 1]
+    return [one for one in verdicts if one not in tabled], tabled
 
 
 def matrix(verdicts: Sequence[Told]) -> tuple[list[str], list[tuple[str, list[Told | None]]]]:
