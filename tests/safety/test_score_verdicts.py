@@ -107,7 +107,8 @@ def test_seeds_that_share_samples_have_the_error_of_both():
     over_seeds = stats.student(got.numbers["per_seed"]).interval()
     assert want.high - want.low > over_seeds.high - over_seeds.low
     apart = score_verdict("g", [with_samples(-0.15, seed=k) for k in range(3)])
-    assert apart.numbers["error"] == "over seeds"
+    assert apart.numbers["error"] == "over seeds, each with its own samples"
+    assert score_verdict("g", [run(-0.2), run(-0.21)]).numbers["error"] == "over seeds, on these samples"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ The relative change c = after / before − 1 of the group's mean score, on sampl
 and the outcome is the region that holds c for sure: p is that of the t tests at the region's borders (two-sided at one
 border, two one-sided tests between two), the error of c being
 
-    several seeds              that over the seeds' changes; with the samples' scores given, over seeds *and* samples
+    several seeds              that over the seeds' changes, on the samples at hand
+    several seeds, samples     that over seeds *and* samples: what the former lacks for a claim about other samples is
+                               much (docs/results/calibration.md)
     one seed, samples given    that over the samples (ratio estimator)
     one seed, no samples       unknown: then the outcome is 'undecided', whatever the random groups did. They show what
                                another choice of entries would have given on the same samples and the same training, and
@@ -123,7 +125,8 @@ def _estimate(runs: Sequence[Mapping[str, Any]], changes: Floats) -> tuple[Estim
         before = [np.asarray(s["before"], dtype=np.float64) for s in samples if s is not None]
         if all(np.array_equal(b, before[0]) for b in before):
             return crossed(np.stack(shifted)), "over seeds and samples"
-    return (student(changes), "over seeds") if len(runs) > 1 else (None, "unknown")
+        return student(changes), "over seeds, each with its own samples"
+    return (student(changes), "over seeds, on these samples") if len(runs) > 1 else (None, "unknown")
 
 
 def _relative(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
