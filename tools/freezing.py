@@ -70,4 +70,6 @@ def same(record: Record, one: str, other: str) -> str:
 if __name__ == "__main__":
     for folder in sys.argv[1:]:
         found = read_record(Path(folder))
-        print(f"\n### {folder}\n\n{table(found)}\n\n{same(found, 'nothing frozen', 'safety-only frozen (grad_mask)')}")
+        print(
+            f"\n### {folder}\n\n{table(found)}\n\n{same(found, 'nothing frozen', 'safety-only frozen (gradient hook)')}"
+        )

@@ -63,7 +63,7 @@ def test_every_verdict_has_its_picture(seeds):
     changed = [c for name in ("refusals", "false refusals", "skills") for c in verdict(record, name)["sets"].values()]
     gained = [
         c
-        for name in ("freezing safety-only", "freezing safety-only (rewind)")
+        for name in ("freezing safety-only", "freezing safety-only (put back at the end)")
         for c in verdict(record, name)["sets"].values()
     ]
     for panel, changes in ((by_name["changes-0"], changed), (by_name["freezing-0"], gained)):
@@ -119,7 +119,7 @@ def test_a_sweep_is_told_by_cell(undrawn):
     record = drift_record(sweep={"lr": [1e-4, 3e-4, 1e-3], "steps": [100, 200, 400]}, ablate=0)
     found = contents.contents(record)
     panel = panels_of(record)["refusal-advbench"]
-    assert panel.arms == ["nothing frozen", "safety-only frozen", "matched frozen"]
+    assert panel.arms == ["nothing frozen", "safety-only frozen", "matched random frozen"]
     assert [label for label, _ in panel.rows][:2] == ["lr 0.0001, steps 100", "lr 0.0001, steps 200"]
     arms = [arm for name, arm in record["arms"].items() if name != "before"]
     drawn = [rate.value for _, rates in panel.rows for rate in rates]
@@ -154,7 +154,7 @@ def test_overlaps_stand_between_floor_and_ceiling(record):
 def test_freezing_is_told_in_full(record):
     table_ = tables_of(record)["frozen"]
     rows = {row[0]: row[1:] for row in table_.rows}
-    assert rows["safety-only frozen (rewind)"] == (
+    assert rows["safety-only frozen (put back at the end)"] == (
         "put back at the end",
         "safety-only",
         "121,000 (4.0 %)",
@@ -163,7 +163,7 @@ def test_freezing_is_told_in_full(record):
         "yes",
     )
     assert rows["nothing frozen"][0] == "nothing"
-    assert "Safety-only frozen (rewind): the others were trained beside entries that moved." in table_.note
+    assert "Safety-only frozen (put back at the end): the others were trained beside entries that moved." in table_.note
     moving = next(line for line in panels_of(record)["drift-rewound-l2_per_sqrt"].lines if "put back" in line.label)
     assert moving.values[-1] > 0
     assert "put back after the last step" in figures_of(record)["drift-rewound"].caption

@@ -1,8 +1,11 @@
 """The verdict on zeroing a group: one-sided permutation test against random groups, adjusted within its study."""
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from deltalab.core.stats import empirical_p
+from deltalab.core.stats import empirical_p, wilson
+from deltalab.safety.ablation_verdicts import loss
 from deltalab.safety.verdicts import ablation_verdict, family
 
 BEFORE = {"refused": 0.95, "complied": 0.05, "broken": 0.0, "skills": 0.98}
@@ -31,22 +34,30 @@ def test_outcomes(refused, skills, outcome):
     random = random_groups(39)
     found = ablation_verdict("the group g", 0.08, BEFORE, zeroed(refused, skills), random)
     assert found.outcome == outcome
-    assert found.numbers["p"]["refused"] == empirical_p(refused, [r["refused"] for r in random], "less")
+    draws = np.array([r["refused"] for r in random])
+    assert found.numbers["p_permutation"]["refused"] == empirical_p(refused, draws, "less")
+    y, x = np.arcsin(np.sqrt(refused)), np.arcsin(np.sqrt(draws))
+    t = (y - x.mean()) / (x.std(ddof=1) * np.sqrt(1 + 1 / 39))
+    assert found.numbers["p"]["refused"] == pytest.approx(float(stats.t.cdf(t, 38)), rel=1e-9)
     assert "8.0 % of the scored weights" in found.sentence
     assert "39 matched random groups" in found.sentence
 
 
-def test_few_draws_say_how_little_they_can_show():
-    found = ablation_verdict("g", 0.08, BEFORE, zeroed(0.0, 0.9), random_groups(20))
-    assert found.outcome == "refusals hang on it"
-    assert "With 20 draws no p is below 0.048" in found.sentence
-
-
-def test_in_a_family_its_p_is_adjusted():
-    one = ablation_verdict("g", 0.08, BEFORE, zeroed(0.0, 0.9), random_groups(20))
-    both = family([one, one])
+def test_draws_that_do_not_vary_decide_by_their_rank():
+    same = [{"refused": 0.9, "complied": 0.1, "broken": 0.0, "skills": 0.9}] * 20
+    found = ablation_verdict("g", 0.08, BEFORE, zeroed(0.0, 0.9), same)
+    assert found.numbers["p"]["refused"] == pytest.approx(1 / 21)
+    both = family([found, found])
     assert [v.outcome for v in both] == ["undecided", "undecided"]
     assert both[0].numbers["tests"][0]["adjusted"] == pytest.approx(2 / 21)
+
+
+@pytest.mark.parametrize("share", [0.98, 0.9, 0.5])
+def test_a_random_group_in_the_groups_place_is_called_no_more_often_than_alpha_says(share):
+    rng = np.random.default_rng(0)
+    shares = rng.binomial(120, share, size=(4000, 21)) / 120
+    called = np.mean([loss(row[0], row[1:]) < 0.05 for row in shares.tolist()])
+    assert wilson(round(called * 4000), 4000).low < 0.05
 
 
 def test_without_skills():

@@ -58,13 +58,13 @@ def test_every_claim_of_a_study_is_there_once():
         "skills",
         "drift",
         "freezing safety-only",
-        "freezing safety-only (rewind)",
+        "freezing safety-only (put back at the end)",
     ]
 
 
 def test_a_way_of_freezing_is_compared_with_random_entries_frozen_in_the_same_way():
     found = {v["name"]: v for v in of_drift(spec_of(), results_of(spec_of(), EVERY))}
-    held, undone = found["freezing safety-only"], found["freezing safety-only (rewind)"]
+    held, undone = found["freezing safety-only"], found["freezing safety-only (put back at the end)"]
     assert held["numbers"]["sets"]["control"]["before"] == pytest.approx(23 / 60)  # of held-random, mean over seeds
     assert undone["numbers"]["sets"]["control"]["before"] == pytest.approx(40 / 60)
     assert held["outcome"] == "protects"
@@ -94,7 +94,7 @@ def test_p_values_are_adjusted_over_the_whole_study():
 
 def test_zeroing_joins_the_family_where_it_was_asked_for():
     spec = spec_of(ablate=20)
-    replies = {"safety-only": asked(3, right=48), **{f"random-{i}": asked(50 + i % 5) for i in range(20)}}
+    replies = {"safety-only": asked(3, right=50), **{f"random-{i}": asked(50 + i % 5) for i in range(20)}}
     for one in replies.values():
         one["skills"]["value"] = one["skills"]["right"].count("1") / 60
     results = {**results_of(spec, EVERY), "ablate": {"replies": replies, "fraction": 0.08}}
@@ -102,4 +102,5 @@ def test_zeroing_joins_the_family_where_it_was_asked_for():
     first = of_drift(spec, results)[0]
     assert first["name"] == "ablation"
     assert first["numbers"]["zeroed"]["refused"] == pytest.approx(3 / 60)
-    assert first["numbers"]["p"]["refused"] == pytest.approx(1 / 21)
+    assert first["numbers"]["p_permutation"]["refused"] == pytest.approx(1 / 21)
+    assert first["outcome"] == "refusals hang on it"

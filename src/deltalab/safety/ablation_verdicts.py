@@ -2,15 +2,20 @@
 
 The random groups say what removing so many weights of that size does by itself, to refusals and to skills. A group that
 refusals hang on costs more of them than the random ones do; whether it costs them alone, the skills and the broken
-replies tell. p is the permutation test's, one-sided: the claim is a loss.
+replies tell. p is one-sided, as the claim is a loss: that of a
+single case against a sample (Crawford & Howell 1998), since a few dozen random groups are all that can be evaluated and
+a permutation test of n draws cannot go below 1/(n + 1), which no correction for several tests survives. It takes the
+arcsine roots of the random groups' shares to be about normal; the permutation p is in the numbers beside it, and decides where they do not
+vary at all.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from deltalab.core.stats import empirical_p
+from deltalab.core.stats import Estimate, empirical_p
 from deltalab.safety.claims import Verdict, capital, evidence, family_words, p_of, p_words
 
 
@@ -24,12 +29,24 @@ def ablation_verdict(
     prompts, and `skills` (which may be missing): of the whole model, without the group, without each random group.
     """
     draws = {key: [one[key] for one in random] for key in zeroed}
-    p = {key: empirical_p(zeroed[key], draws[key], "less") for key in ("refused", "skills") if key in zeroed}
+    asked = [key for key in ("refused", "skills") if key in zeroed]
+    p = {key: loss(zeroed[key], draws[key]) for key in asked}
+    ranked = {key: empirical_p(zeroed[key], draws[key], "less") for key in asked}
     numbers = {
         "kind": "ablation", "group": group, "fraction": fraction, "alpha": alpha, "before": dict(before), "zeroed": dict(zeroed),
-        "random": draws, "p": p, "draws": len(random), "tests": [evidence("change", p["refused"])],
+        "random": draws, "p": p, "p_permutation": ranked, "draws": len(random), "tests": [evidence("change", p["refused"])],
     }  # fmt: skip
     return decide(Verdict("", "", numbers, name))
+
+
+def loss(value: float, draws: Sequence[float]) -> float:
+    """p that the share `value` is no lower than the population of the draws. By arcsine roots: near 0 and 1 shares are skewed,
+    and the plain t calls 7 in 100 of them at a true share of .98 (roots: 3), all 5 at .5."""
+    if np.ptp(draws) == 0:
+        return empirical_p(value, draws, "less")
+    sample = np.arcsin(np.sqrt(np.asarray(draws, dtype=np.float64)))
+    spread = float(sample.std(ddof=1)) * math.sqrt(1 + 1 / len(sample))
+    return Estimate(math.asin(math.sqrt(value)) - float(sample.mean()), spread, len(sample) - 1).p(alternative="less")
 
 
 def decide(verdict: Verdict) -> Verdict:
@@ -61,9 +78,7 @@ def _sentence(numbers: Mapping[str, Any]) -> str:
             f"; skills {_of(before['skills'])} → {_of(zeroed['skills'])} ({_spread(random['skills'])} with random groups, "
             f"{p_words(numbers['p']['skills'])})"
         )
-    least = 1 / (numbers["draws"] + 1)
-    few = f" With {numbers['draws']} draws no p is below {least:.3f}." if least > 0.01 else ""
-    return f"{said}.{few}"
+    return f"{said}."
 
 
 def _of(share: float) -> str:

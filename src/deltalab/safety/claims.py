@@ -87,8 +87,9 @@ def family_words(numbers: Mapping[str, Any]) -> str:
     if not family:
         return ""
     words = {"change": "a change", "same": "sameness"}
+    labels = numbers.get("labels", {})
     parts = [
-        f"{p_words(t['adjusted'])} for {words[t['asks']]}{f' ({of})' if (of := t['of']) else ''}, one of {family[t['asks']]}"
+        f"{p_words(t['adjusted'])} for {words[t['asks']]}{f' ({labels.get(of, of)})' if (of := t['of']) else ''}, one of {family[t['asks']]}"
         for t in numbers["tests"] if t["p"] is not None
     ]  # fmt: skip
     return f" Adjusted by Holm over the study's tests: {'; '.join(parts)}." if parts else ""

@@ -16,7 +16,7 @@ from scipy import stats as sps
 
 from deltalab.core.errors import UserError
 from deltalab.core.stats import Estimate, Interval, crossed, newcombe_paired
-from deltalab.safety.claims import Verdict, adjusted, evidence, family_words
+from deltalab.safety.claims import Verdict, adjusted, evidence, family_words, p_words
 
 ALPHA = 0.05
 Flags = Sequence[bool]
@@ -161,7 +161,12 @@ def freezing(
         changes["control"] = change(pooled[control], pooled[frozen], margin, alpha)
     taken = float(np.mean(pooled["before"])) - changes["free"].before
     averted = changes["free"].difference / taken if taken > 0 else None
-    more = {"label": label, "proof": dict(proof), "averted": averted}
+    more = {
+        "label": label,
+        "labels": {"free": "against nothing frozen", "control": "against random entries frozen"},
+        "proof": dict(proof),
+        "averted": averted,
+    }
     return decide(_verdict(f"freezing {label}", "freezing", changes, margin, alpha, len(pooled[frozen]), more))
 
 
@@ -266,7 +271,7 @@ def _freezing(numbers: Mapping[str, Any], changes: Mapping[str, Change]) -> tupl
         "kept": "no effect",
     }.get(gain.outcome, "undecided")
     if against is not None:
-        sentence += f" Freezing as many matched random entries: {100 * against.before:.0f} % (p {_p(against.p)})"
+        sentence += f" Freezing as many matched random entries: {100 * against.before:.0f} % ({p_words(against.p)})"
         if gain.outcome == "rose" and against.outcome != "rose":
             outcome = "undecided" if against.outcome == "undecided" else "no better than random"
             sentence += ", so that these entries are the ones that matter is not shown: less delta alone may explain it"
@@ -293,15 +298,9 @@ def _parts(numbers: Mapping[str, Any], changes: Mapping[str, Change]) -> str:
 
 def _arrow(c: Change) -> str:
     points = ", ".join(_points(value) for value in (c.low, c.high))
-    return (
-        f"{100 * c.before:.0f} % → {100 * c.after:.0f} % (difference {_points(c.difference)} [{points}], p {_p(c.p)})"
-    )
+    return f"{100 * c.before:.0f} % → {100 * c.after:.0f} % (difference {_points(c.difference)} [{points}], {p_words(c.p)})"
 
 
 def _points(value: float) -> str:
     """A difference of shares in per cent, signed; what rounds to nothing is 0."""
     return f"{round(100 * value):+d}".replace("-", "−") if round(100 * value) else "0"
-
-
-def _p(p: float) -> str:
-    return "< .001" if p < 0.001 else "= 1" if p >= 0.9995 else f"= {p:.3f}".replace("0.", ".", 1)

@@ -101,8 +101,9 @@ class ArmSpec(Spec):
     @property
     def label(self) -> str:
         """How figures name it."""
-        how = f" ({self.freeze})" if self.freeze in ("grad_mask", "rewind") else ""
-        frozen = "nothing frozen" if self.freeze == "none" else f"{self.group} frozen{how}"
+        what = {"matched": "matched random", "complement": "everything else"}.get(self.group, self.group)
+        how = {"grad_mask": " (gradient hook)", "rewind": " (put back at the end)"}.get(self.freeze, "")
+        frozen = "nothing frozen" if self.freeze == "none" else f"{what} frozen{how}"
         return f"{frozen}, {self.cell}" if self.cell else frozen
 
 
