@@ -14,9 +14,7 @@ import yaml
 
 from deltalab.core.errors import UserError
 from deltalab.core.spec import build, load_spec
-from deltalab.core.stats import wilson
 from deltalab.studies import PRESETS, module_of
-from deltalab.studies.arms import share_over_seeds
 from deltalab.studies.lanes import Workers, jobs_for
 from tests.bad_input.kit import save_model
 from tests.helpers import ROOT
@@ -202,13 +200,3 @@ def test_jobs_fit_processors_memory_and_lanes(monkeypatch):
     assert jobs_for(8, 2**20, 3) == 1
     assert jobs_for(1, 7 * 2**30, 8) == 2
     assert jobs_for(1, 90 * 2**30, 8) == 1
-
-
-def test_a_share_over_seeds_is_never_surer_than_over_its_items():
-    never = [[False] * 100] * 3
-    assert share_over_seeds(never).high == pytest.approx(wilson(0, 100).high)
-    rng = np.random.default_rng(0)
-    flags = [(rng.random(80) < p).tolist() for p in (0.2, 0.5, 0.8)]  # seeds differ: the interval is over seeds
-    wide = share_over_seeds(flags)
-    assert wide.high - wide.low > 2 * (wilson(40, 80).high - wilson(40, 80).low)
-    assert wide.value == pytest.approx(np.mean(flags))

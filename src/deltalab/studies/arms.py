@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.core.stats import Interval, crossed, wilson
+from deltalab.core.stats import share_interval
 from deltalab.studies import behaviour
 from deltalab.studies.parts import ArmSpec, Run, runs_of
 from deltalab.studies.reduce import SHOWN, mean_curves, mean_values
@@ -52,7 +52,7 @@ def pooled(asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         letters = [a["safety"][name]["letters"] for a in asked]
         counts = {verdict: sum(text.count(letter) for text in letters) for verdict, letter in behaviour.LETTERS.items()}
         rates = {
-            key: share_over_seeds([[c == letter for c in text] for text in letters])._asdict()
+            key: share_interval([[c == letter for c in text] for text in letters])._asdict()
             for key, letter in (("refusal", "R"), ("asr", "C"), ("brokenness", "B"))
         }
         odds = float(np.mean([a["safety"][name]["log_odds"] for a in asked]))
@@ -62,22 +62,10 @@ def pooled(asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rights = [a["skills"]["right"] for a in asked]
         families = mean_values([a["skills"]["families"] for a in asked])
         out["skills"] = {
-            **first["skills"], **share_over_seeds([[c == "1" for c in text] for text in rights])._asdict(),
+            **first["skills"], **share_interval([[c == "1" for c in text] for text in rights])._asdict(),
             "correct": sum(text.count("1") for text in rights), "families": families, "seeds": len(asked),
         }  # fmt: skip
     return out
-
-
-def share_over_seeds(flags: Sequence[Sequence[bool]]) -> Interval:
-    """A share over items that every seed has, both being drawn anew with another study (`core.stats.crossed`); never
-    narrower than Wilson's over the items alone, which knows what 0 of 100 is worth."""
-    items = len(flags[0])
-    mean = float(np.mean(flags))
-    by_items = wilson(round(mean * items), items)
-    if items < 2:
-        return by_items
-    both = crossed(flags).interval()
-    return Interval(mean, max(0.0, min(both.low, by_items.low)), min(1.0, max(both.high, by_items.high)))
 
 
 def frozen_together(proofs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
