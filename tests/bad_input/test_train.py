@@ -56,7 +56,7 @@ def test_all_faults_of_a_spec_are_told_at_once(spec: Path) -> None:
         (["adapt.0.method=lroa"], ["'method' 'lroa' is unknown; did you mean lora?"]),
         (["adapt=[]"], ["adapt: "]),
         (["data=[]"], ["data: "]),
-        (["data.0.task=instrct"], ["'instrct' is unknown; did you mean instruct?"]),
+        (["data.0.task=instrct"], ["'instrct' is unknown; did you mean instruct"]),
         (["model=null"], ["model: should be a valid string (got None)"]),
         (["optim.steps=0"], ["optim.steps: should be greater than 0 (got 0)"]),
         (["optim.epochs=1"], ["give steps or epochs, not both"]),

@@ -70,12 +70,12 @@ def test_study_takes_overrides_and_ends_with_verdict_and_path(capsys, asked, tmp
         "drift",
         str(tmp_path / "s.yaml"),
         "tune.optim.lr=0.01",
-        "seed=3",
+        "seeds=[3]",
         "--output",
         str(tmp_path / "o"),
     )
     spec, folder, options = asked[0]
-    assert (code, spec.tune.optim.lr, spec.seed, folder) == (0, 0.01, 3, tmp_path / "o")
+    assert (code, spec.tune.optim.lr, spec.seeds, folder) == (0, 0.01, [3], tmp_path / "o")
     assert options["resume_with"] == f"deltalab study drift {tmp_path / 's.yaml'}"
     assert out.rstrip().endswith(f"report: {tmp_path / 'o' / 'report.html'}")
     assert "* refusals: fell." in out

@@ -13,7 +13,7 @@ from deltalab.deltas.adapt import attached
 from deltalab.deltas.freeze import freeze
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from tests.deltas.perturb import perturbed, states_equal
-from tests.deltas.test_masks import masks_of
+from tests.deltas.test_freeze import masks_of
 from tests.helpers import tiny_llama, tokens
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
