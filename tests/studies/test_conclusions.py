@@ -72,6 +72,17 @@ def test_a_way_of_freezing_is_compared_with_random_entries_frozen_in_the_same_wa
     assert held["numbers"]["sets"]["free"]["per_seed"] == pytest.approx([20 / 60] * 3)
 
 
+def test_everything_else_frozen_has_no_control_of_its_size():
+    arms = [
+        {"name": "free"},
+        {"name": "rest", "freeze": "delta_mask", "group": "complement"},
+        {"name": "some", "freeze": "delta_mask", "group": "matched"},
+    ]
+    spec = spec_of(arms=arms)
+    found = {v["name"]: v for v in of_drift(spec, results_of(spec, {"free": 20, "rest": 55, "some": 22}))}
+    assert list(found["freezing everything else"]["numbers"]["sets"]) == ["free"]
+
+
 def test_arms_are_compared_within_their_cell():
     spec = spec_of(sweep={"n": [10, 50]})
     refused = {arm.name: EVERY[arm.name.rpartition("-n")[0]] - (15 if arm.n == 50 else 0) for arm in spec.all_arms}

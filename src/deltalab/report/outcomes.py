@@ -101,11 +101,12 @@ def _shares_of_sets(record: Record) -> list[Panel]:
 
 
 def _panel(record: Record, name: str, title: str, xlabel: str, colour: str, of: str | None) -> Panel:
-    """Rows are arms; where arms come in several cells, rows are cells and the arms stand under each other in each."""
+    """Rows are arms; where a few arms come in several cells, rows are cells and the arms stand under each other in each."""
     found, arms = cells(record), record["arms"]
-    if len(found) == 1:
-        return Rates(name, title, xlabel, [_rate(arm, of, key == "before") for key, arm in arms.items()], colour)
     kinds = list(dict.fromkeys(short(arm) for arm in tuned(record).values()))
+    if len(found) == 1 or len(kinds) > len(ARM_COLOURS):  # more arms than colours: each has a row of its own
+        each = [_rate(arm, of, key == "before")._replace(label=arm["label"]) for key, arm in arms.items()]
+        return Rates(name, title, xlabel, each, colour)
     rows = [(cell.name or "as in the spec", [_rate(arm, of) for arm in cell.arms.values()]) for cell in found]
     return Compared(name, title, xlabel, kinds, ARM_COLOURS[: len(kinds)], rows, _rate(arms["before"], of))
 

@@ -123,7 +123,8 @@ def _freezing(cell: Cell, seeds: list[int], results: Results, margin: float) -> 
     for arm in frozen:
         if arm in controls:
             continue
-        control = next((c.name for c in controls if c.freeze == arm.freeze), next((c.name for c in controls), None))
+        alike = [c for c in controls if c.freeze == arm.freeze] or controls
+        control = alike[0].name if alike and arm.group != "complement" else None  # of other sizes nothing is a control
         proof = frozen_together([results[f"tune:{run.name}"]["freeze"] for run in runs_of([arm], seeds)])
         label = arm.label.removesuffix(f", {arm.cell}").replace(" frozen", "")
         out.append(cell.named(freezing(label, proof, harmful, cell.arms[0].name, arm.name, control, margin)))
