@@ -122,7 +122,7 @@ def test_a_family_of_rates_is_adjusted_again():
     together = family([alone, *others])
     assert together[0].outcome == "undecided"
     assert together[0].numbers["tests"][0]["adjusted"] == pytest.approx(41 * alone.numbers["tests"][0]["p"])
-    assert "one of 41" in together[0].sentence
+    assert "over the 41 tests" in together[0].sentence
 
 
 @pytest.mark.parametrize(("before", "after", "match"), [

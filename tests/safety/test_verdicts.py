@@ -211,7 +211,7 @@ def test_a_family_is_adjusted_by_holm():
         assert new == pytest.approx(multitest.multipletests(raw, method="holm")[1])
     assert [v.outcome for v in together] == ["drifts more", "alike", "alike", "alike"]
     assert "Adjusted by Holm" in together[0].sentence
-    assert "one of 4" in together[0].sentence
+    assert "over the 4 tests" in together[0].sentence
     assert "Adjusted" not in found[0].sentence
     assert json.loads(json.dumps([v.plain() for v in together], allow_nan=False)) == [v.plain() for v in together]
 

@@ -12,6 +12,8 @@ from deltalab.core.stats import holm
 
 Asks = Literal["change", "same"]
 Numbers = dict[str, Any]
+SAYS = 0.2
+"""An adjusted p-value above this says nothing that a sentence should repeat; it is in the numbers."""
 KINDS = {"magnitude": "matched random groups", "utility": "random groups matched on the utility score"}
 """Kinds of random groups that a verdict compares with."""
 
@@ -82,17 +84,21 @@ def seeds_words(seeds: int) -> str:
 
 
 def family_words(numbers: Mapping[str, Any]) -> str:
-    """The adjusted p-values, and over how many tests of the study they were adjusted; nothing if they were not."""
+    """The adjusted p-values that say something, by what they ask, and over how many tests of the study; nothing if they
+    were not adjusted."""
     family = numbers.get("family")
     if not family:
         return ""
-    words = {"change": "a change", "same": "sameness"}
-    labels = numbers.get("labels", {})
-    parts = [
-        f"{p_words(t['adjusted'])} for {words[t['asks']]}{f' ({labels.get(of, of)})' if (of := t['of']) else ''}, one of {family[t['asks']]}"
-        for t in numbers["tests"] if t["p"] is not None
-    ]  # fmt: skip
-    return f" Adjusted by Holm over the study's tests: {'; '.join(parts)}." if parts else ""
+    words, labels = {"change": "change", "same": "sameness"}, numbers.get("labels", {})
+    parts = []
+    for asks, word in words.items():
+        said = [t for t in numbers["tests"] if t["asks"] == asks and t["adjusted"] is not None and t["adjusted"] < SAYS]
+        shown = [p_words(t["adjusted"]) + (f" ({labels.get(t['of'], t['of'])})" if t["of"] else "") for t in said]
+        if shown:
+            parts.append(f"{word} {', '.join(shown)}")
+    if not parts:
+        return ""
+    return f" Adjusted by Holm over the {max(family.values())} tests of the study: {'; '.join(parts)}."
 
 
 def kind_words(kind: str) -> str:
