@@ -64,7 +64,7 @@ MUTANTS = [
         "tests/train/test_loop.py",
     ),
     mutant("mask of the delta inverted", "deltas/freeze.py", "keep = ~self._mask(path)", "keep = self._mask(path)", "tests/deltas/test_freeze.py"),
-    mutant("mask of the gradient inverted", "deltas/freeze.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_freeze.py"),
+    mutant("mask of the gradient inverted", "deltas/freeze.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_freeze_variants.py"),
     mutant(
         "labels shifted", "data/chat.py", "for i, flag in zip(ids, counted, strict=True)",
         "for i, flag in zip(ids, [False, *counted[:-1]], strict=True)", "tests/data/test_labels.py",
