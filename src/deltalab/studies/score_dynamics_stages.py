@@ -162,7 +162,9 @@ class Steps:
     def _summary(self, ctx: Context, scores: Scores, edges: Any) -> Result:
         groups = self._groups(ctx)
         shown = {name: groups[name] for name in ("safety", "matched")}
-        magnitudes = bins_of(weights_of(self.m.loaded(ctx).model), units=self._units(ctx))
+        if "bins" not in ctx.shared:  # of W₀, which is the same before and after
+            ctx.shared["bins"] = bins_of(weights_of(self.m.loaded(ctx).model), units=self._units(ctx))
+        magnitudes = ctx.shared["bins"]
         nulls = Nulls(groups["safety"], self.spec.group.nulls, self.spec.seeds[0] + 1, magnitudes, self._units(ctx))
         return summary(scores, shown, {"magnitude": nulls}, edges)
 
