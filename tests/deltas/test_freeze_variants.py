@@ -311,7 +311,8 @@ def test_empty_and_whole_masks():
 @pytest.mark.parametrize("variant", ["none", "grad_mask", "rewind", "delta_mask"])
 def test_a_quantised_base_is_never_needed_as_floats(variant, monkeypatch):
     """On bitsandbytes' own 4-bit linears: only the forward dequantises."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     model = tiny_llama(hidden=64, mlp=64)
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and name != "lm_head":
