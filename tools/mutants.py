@@ -35,12 +35,12 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
-        "alpha/r dropped", "deltas/lora.py",
+        "alpha/r dropped", "deltas/lowrank.py",
         "return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)", "return self.alpha",
         "tests/deltas/test_lora.py", "tests/conformance",
     ),
     mutant(
-        "rank-stabilised scale not a root", "deltas/lora.py", "(math.sqrt(self.r) if self.rank_stabilised else self.r)", "self.r",
+        "rank-stabilised scale not a root", "deltas/lowrank.py", "(math.sqrt(self.r) if self.rank_stabilised else self.r)", "self.r",
         "tests/deltas/test_lora.py", "tests/conformance",
     ),
     Mutant(

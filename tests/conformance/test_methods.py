@@ -15,10 +15,10 @@ from torch.func import functional_call
 import deltalab as dl
 from deltalab.deltas import methods
 from deltalab.deltas.adapt import adaptation, attached, merged_weight, param_groups
-from deltalab.deltas.base import WeightDelta, weight_of
+from deltalab.deltas.base import Site, WeightDelta, weight_of
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.models.generate import generate
-from tests.deltas.perturb import perturbed, states_equal
+from tests.deltas.perturb import base_of, perturbed, states_equal
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
 
 MODELS = {
@@ -118,14 +118,14 @@ def test_only_the_delta_trains(method, family):
 def test_gradients_against_finite_differences(method, family):
     if family != "llama":
         pytest.skip("the same module whatever the model")
-    delta = method().build(5, 4, dtype=torch.float64, device=torch.device("cpu"))
+    delta = method().build(Site("linear", (5, 4), "linear", torch.float64, torch.device("cpu")))
     delta.init(torch.Generator().manual_seed(0))
     names = [name for name, _ in delta.named_parameters()]
     values = [(p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for p in delta.parameters()]
     x, W = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
 
     def forward(x, *values):
-        return functional_call(delta, dict(zip(names, values, strict=True)), (x, lambda x: x @ W.T))
+        return functional_call(delta, dict(zip(names, values, strict=True)), (x, base_of(W)))
 
     assert torch.autograd.gradcheck(forward, (x, *values), fast_mode=False)
 

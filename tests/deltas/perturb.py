@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from deltalab.deltas.adapt import attached
+from deltalab.deltas.base import Base
 
 
 def perturbed(model: nn.Module, size: float = 0.1, seed: int = 0) -> nn.Module:
@@ -26,3 +27,12 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
         and [type(m) for m in a.modules()] == [type(m) for m in b.modules()]
         and [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
     )
+
+
+def base_of(W: torch.Tensor, bias: torch.Tensor | None = None) -> Base:
+    """A linear with this weight, as a delta sees it."""
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, dtype=W.dtype)
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return Base(linear, linear)

@@ -96,7 +96,7 @@ def test_pickles_are_not_read(folder):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("bias", "all"), ("use_dora", True), ("modules_to_save", ["lm_head"]), ("lora_bias", True), ("trainable_token_indices", [1]),
+    [("bias", "all"), ("modules_to_save", ["lm_head"]), ("lora_bias", True), ("trainable_token_indices", [1]),
      ("target_parameters", ["x"]), ("layer_replication", [[0, 1]]), ("from_the_future", 3), ("use_qalora", True)],
 )  # fmt: skip
 def test_options_that_are_not_supported(folder, option, value):
@@ -214,12 +214,18 @@ def test_our_own_format_is_checked_as_strictly(tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     with_config(folder, own=["nothing.weight"])
     refused(folder, "trains 'nothing.weight'")
-    with_config(folder, own=config["own"], deltas={"nowhere": config["deltas"]["model.layers.0.self_attn.q_proj"]})
+    (entry,) = config["deltas"]
+    with_config(folder, own=config["own"], deltas=[{**entry, "paths": ["nowhere"]}])
     refused(folder, "adapts 'nowhere'")
-    with_config(folder, deltas={"model.layers.0.self_attn.q_proj": {"kind": "LoHa"}})
+    with_config(folder, deltas=[{**entry, "kind": "LoHa"}])
     refused(folder, "kind 'LoHa'")
-    with_config(folder, deltas={"model.layers.0.self_attn.q_proj": {"kind": "LoRA", "r": -2}})
+    with_config(folder, deltas=[{**entry, "spec": {"r": -2}}])
     refused(folder, "r: ")
+    for damaged in ({"nowhere": entry}, [{"kind": "LoRA"}], ["LoRA"]):
+        with_config(folder, deltas=damaged)
+        refused(folder, "damaged")
+    with_config(folder, format=1)
+    refused(folder, "format 1")
 
 
 def test_a_trained_state_is_checked_by_name():

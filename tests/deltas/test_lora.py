@@ -12,9 +12,12 @@ from torch import nn
 import deltalab as dl
 from deltalab.core.spec import build
 from deltalab.deltas.adapt import adaptation, attached, param_groups
+from deltalab.deltas.base import Site
 from deltalab.deltas.lora import LoRADelta
-from tests.deltas.perturb import perturbed
+from tests.deltas.perturb import base_of, perturbed
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
+
+SITE = Site("linear", (5, 4), "linear", torch.float64, torch.device("cpu"))
 
 CONFIGS = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -136,12 +139,12 @@ def test_scale():
 
 
 def test_forward_is_the_formula():
-    delta = LoRADelta(5, 4, 2, 1.5, 0.0, dtype=torch.float64, device=torch.device("cpu"))
+    delta = LoRADelta(SITE, 2, 1.5, 0.0)
     delta.init(torch.Generator().manual_seed(0))
     nn.init.normal_(delta.B)
     W, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     want = torch.stack([W @ row + 1.5 * delta.B @ (delta.A @ row) for row in x])
-    assert_close_by_norm(delta(x, lambda x: x @ W.T), want, 1e-12)
+    assert_close_by_norm(delta(x, base_of(W)), want, 1e-12)
     A, B, s = delta.factors()
     assert_close_by_norm(delta.adapted(W), W + s * B @ A, 1e-12)
     assert delta.entries(torch.arange(0), W).shape == (0,)
@@ -182,8 +185,6 @@ def test_a_peft_config_is_taken_for_a_spec():
             if isinstance(m, peft.tuners.lora.LoraLayer)
         }
         assert {path: delta.s for path, delta in attached(ours).items()} == scales
-    with pytest.raises(dl.UserError, match="use_dora=True"):
-        dl.adapt(tiny_llama(), peft.LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(dl.UserError, match="init_lora_weights='pissa'"):
         dl.adapt(tiny_llama(), peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
     with pytest.raises(dl.UserError, match="IA3"):

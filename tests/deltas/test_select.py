@@ -6,7 +6,8 @@ import transformers
 from torch import nn
 
 import deltalab as dl
-from deltalab.deltas.select import decoder_blocks, layer_of, linears, scored_linears
+from deltalab.deltas.select import decoder_blocks, layer_of, scored_linears
+from deltalab.deltas.sites import linears
 from tests.helpers import tiny_gpt2, tiny_llama
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -70,7 +71,7 @@ def test_no_match_names_the_nearest_the_presets_and_the_command():
     assert "deltalab targets LlamaForCausalLM" in text
 
 
-@pytest.mark.parametrize("targets", ["embed_tokens", "norm", "self_attn", "model.layers.0"])
+@pytest.mark.parametrize("targets", ["norm", "self_attn", "model.layers.0"])
 def test_what_is_no_linear_is_named(targets):
     with pytest.raises(dl.UserError, match="it matches"):
         dl.select(tiny_llama(), targets)
@@ -133,7 +134,7 @@ def test_presets_of_other_families():
     assert leaves(dl.select(opt, "mlp")) == ["fc1", "fc2"]
 
 
-def test_experts_in_one_parameter_are_refused_by_name():
+def test_experts_in_one_parameter_are_weights_like_others():
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
             hidden_size=16,
@@ -145,12 +146,18 @@ def test_experts_in_one_parameter_are_refused_by_name():
             num_local_experts=2,
         )
     )
-    for targets in ("mlp", "all-linear"):
-        with pytest.raises(dl.UserError, match="3-D parameters"):
-            dl.select(model, targets)
+    experts = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    assert dl.select(model, "mlp").names == experts
+    assert dl.select(model, "gate_up_proj").names == experts[:1]
+    assert leaves(dl.select(model, "all-linear")) == sorted([*ATTENTION, "gate_up_proj", "down_proj"])
+    assert leaves(dl.select(model, "attention")) == sorted(ATTENTION)
+    assert str(dl.select(model, "mlp")).startswith("2 of 7 weights (linears, experts) of MixtralForCausalLM")
+    for module in model.modules():
+        module.__dict__.pop("is_transposed", None)  # an implementation that does not say which way round they are
+    with pytest.raises(dl.UserError, match="3-D parameters"):
+        dl.select(model, "mlp")
     with pytest.raises(dl.UserError, match="a parameter of shape"):
         dl.select(model, "gate_up_proj")
-    assert leaves(dl.select(model, "attention")) == sorted(ATTENTION)
 
 
 def test_scored_linears_are_those_of_the_blocks_adapted_or_not():

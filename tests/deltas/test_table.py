@@ -60,7 +60,7 @@ def test_the_least_that_a_method_says_is_enough():
         method: str = "scale"
         targets: str | list[str] = ["c_attn"]
 
-        def build(self, out, in_, *, dtype, device):
+        def build(self, site):
             return Scale()
 
     model = dl.adapt(tiny_gpt2(), ScaleSpec())
@@ -74,6 +74,6 @@ def test_the_least_that_a_method_says_is_enough():
     with pytest.raises(NotImplementedError):
         ScaleSpec().to_peft()
     with pytest.raises(NotImplementedError):
-        ScaleSpec.from_peft({}, path)
+        ScaleSpec.from_peft({}, [path])
     with pytest.raises(NotImplementedError):
         linear.delta.to_peft()

@@ -13,7 +13,8 @@ def command(
     """List the linears of a model by name with their counts and shapes, and what each preset selects."""
     from deltalab.core.errors import UserError
     from deltalab.deltas.base import weight_of
-    from deltalab.deltas.select import PRESETS, leaf, linears, select
+    from deltalab.deltas.select import PRESETS, leaf, select
+    from deltalab.deltas.sites import linears
     from deltalab.models.load import load
 
     loaded, _ = load(model)

@@ -9,22 +9,26 @@ import contextlib
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
-from deltalab.deltas.attach import attach, detach, let_checkpoints_backpropagate, stop_marking
-from deltalab.deltas.base import DeltaSpec, ParameterSpec, WeightDelta, as_stored, shape_of, wide
+from deltalab.deltas.attach import attach, attached_to, detach, let_checkpoints_backpropagate, stop_marking
+from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, Start, WeightDelta
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name, select
+from deltalab.deltas.sites import place
+from deltalab.deltas.switch import adapters, drop, forget, ignore_on_save, park, set_active, unload
 from deltalab.deltas.weights import (
     STATE,
     Adaptation,
+    Group,
+    Planned,
     adaptation,
     attached,
     base_state,
@@ -35,8 +39,12 @@ from deltalab.deltas.weights import (
     merged_weight,
 )
 
-__all__ = ["Trainable", "adapt", "adaptation", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
-           "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "start", "trainable", "unload"]  # fmt: skip
+__all__ = ["Trainable", "adapt", "adaptation", "adapters", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
+           "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
+
+
+Batches = Sequence[Mapping[str, Tensor]]
+KINDS = {"linear": "a linear", "embedding": "an embedding", "experts": "a stack of experts"}
 
 
 @dataclass(frozen=True)
@@ -74,90 +82,121 @@ class Trainable:
         )
 
 
-def adapt(model: nn.Module, spec: Any, *, seed: int = 0) -> nn.Module:
+def adapt(
+    model: nn.Module, spec: Any, *, seed: int = 0, adapter: str = "default", calibration: Batches | None = None
+) -> nn.Module:
     """Put a delta on `model`, in place; returns the model.
 
-    spec: a method's spec, `Train`, a `peft.LoraConfig`, or a list of them. seed: of the start; what a module starts
-    with depends on it and on the module's path alone.
-    Raises: UserError if the model is adapted already, a target matches nothing, or two deltas want one linear. Then
-    the model is as it was.
+    spec: a method's spec, `Train`, a config object of peft, or a list of them. seed: of the start; what a module starts
+    with depends on it and on the module's path alone. adapter: a name; a model holds several adapters, one is active.
+    calibration: batches of inputs of the model, for a start that looks at activations.
+    Raises: UserError if the model has that adapter already, a target matches nothing, a method cannot sit on what one
+    matches, or two deltas want one weight. Then the model is as it was.
     """
-    if is_adapted(model):
-        raise UserError(
-            f"{model_name(model)} is adapted already.",
-            next="deltalab.unload(model) first, or give adapt a list of specs",
-        )
+    _refuse_taken(model, adapter)
+    return start(model, planned(model, spec), adapter=adapter, fresh=Start(seed, calibration))
+
+
+def planned(model: nn.Module, spec: Any) -> Planned:
+    """What `spec` means for `model`.
+
+    Raises: UserError as `adapt`.
+    """
     items = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if not items:
         raise UserError("no delta is named.", next="for example deltalab.LoRA(r=8, targets='attention')")
-    plan: dict[str, DeltaSpec] = {}
+    groups: list[Group] = []
     masks: list[ParameterSpec] = []
     names: set[str] = set()
+    taken: set[str] = set()
     for item in items:
         if isinstance(item, ParameterSpec):
             masks.append(item)
             names |= set(item.parameters(model))
             continue
         if isinstance(item, DeltaSpec):
-            chosen = dict.fromkeys(select(model, item.targets, item.layers).names, item)
+            chosen = [Group(item, select(model, item.targets, item.layers).names)]
         elif is_peft(item):
-            chosen = peft_plan(model, item.to_dict(), fresh=True)
+            theirs = peft_plan(model, item.to_dict(), fresh=True)
+            chosen = theirs.groups
+            masks += theirs.masks
+            names |= theirs.names
         else:
             raise UserError(
                 f"{item!r} is no delta.", nearest=[*METHODS, "Train"], next="for example deltalab.LoRA(r=8)"
             )
-        twice = sorted(plan.keys() & chosen.keys())
-        if twice:
-            raise UserError(f"two deltas are meant for '{twice[0]}'; a linear holds one.", found=f"{len(twice)} linears are named twice",
-                            next="make their targets or layers disjoint")  # fmt: skip
-        plan |= chosen
-    return start(model, plan, masks, names, seed)
+        for group in chosen:
+            twice = sorted(taken & set(group.paths))
+            if twice:
+                raise UserError(f"two deltas are meant for '{twice[0]}'; a linear holds one.", found=f"{len(twice)} linears are named twice",
+                                next="make their targets or layers disjoint")  # fmt: skip
+            taken |= set(group.paths)
+            groups.append(group)
+    return Planned(groups, masks, names)
 
 
-def start(
-    model: nn.Module, plan: dict[str, DeltaSpec], masks: list[ParameterSpec], names: set[str], seed: int = 0
-) -> nn.Module:
-    """Attach a plan: path -> spec, and the names of the own parameters that train. `adapt` without its choices."""
+def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: Start | None = None) -> nn.Module:
+    """Attach what was planned; with `fresh`, starts that look at the model run, else the tensors are still to come."""
+    before = adaptation(model)
+    _refuse_taken(model, adapter)
+    active = adapters(model)[:1]
+    if active:
+        park(model)
+    groups, masks, names = plan
     parameters = dict(model.named_parameters())
-    state = Adaptation(plan, masks, {name: p.requires_grad for name, p in parameters.items()})
+    was_trainable = before.was_trainable or {name: p.requires_grad for name, p in parameters.items()}
+    state = Adaptation(groups, masks, was_trainable, name=adapter, parked=before.parked)
     setattr(model, STATE, state)
     try:
+        for group in groups:
+            names = names | set(group.spec.trains(model, group.paths))
         for name, parameter in parameters.items():
             if name in names:
                 state.start[name] = parameter.detach().to("cpu", copy=True)
             parameter.requires_grad_(name in names)
-        for path, spec in plan.items():
-            linear = model.get_submodule(path)
-            W, (out, in_) = linear.weight, shape_of(linear)
-            delta = spec.build(out, in_, dtype=wide(W.dtype), device=W.device)
-            delta.init(_generator(seed, path))
-            attach(linear, delta)
-            state.not_saved |= {f"{path}.delta.{key}" for key in [*delta.state_dict(), "keep"]}
-    except BaseException:  # out of memory, or interrupted
-        unload(model)
+        for group in groups:
+            _put(model, state, group, fresh)
+        if groups:
+            let_checkpoints_backpropagate(model)
+    except BaseException:  # a mistake, out of memory, or interrupted
+        drop(model, active)
         raise
-    if plan:
-        let_checkpoints_backpropagate(model)
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)  # save_pretrained writes the base alone
-    if ignored is not None:
-        model._keys_to_ignore_on_save = set(ignored) | state.not_saved
+    ignore_on_save(model)
     return model
 
 
-def unload(model: nn.Module) -> nn.Module:
-    """Take every delta off, in place: bitwise the model that was loaded, trainable what was trainable then."""
-    state = adaptation(model)
-    for path in attached(model):
-        detach(model.get_submodule(path))
-    stop_marking(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in state.start:
-                parameter.copy_(state.start[name])
-            parameter.requires_grad_(state.was_trainable.get(name, parameter.requires_grad))
-            parameter.grad = None
-    _forget(model, state)
-    return model
+def _refuse_taken(model: nn.Module, adapter: str) -> None:
+    if adapter in adapters(model):
+        raise UserError(
+            f"{model_name(model)} is adapted already.",
+            found=f"adapters: {', '.join(adapters(model))}",
+            next="deltalab.unload(model) first, give adapt a list of specs, or name another adapter: adapter='second'",
+        )
+
+
+def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None) -> None:
+    """Build the deltas of one spec, let them begin, and attach them."""
+    deltas: dict[str, Delta] = {}
+    for path, spec in group.spec.each(group.paths).items():
+        where = place(model, path)
+        if where.kind not in spec.sits_on:
+            raise UserError(
+                f"{type(spec).__name__} does not go on '{path}', which is {KINDS[where.kind]}.",
+                found=f"it goes on: {', '.join(sorted(spec.sits_on))}",
+                next="name other targets, or another method for this one",
+            )
+        deltas[path] = spec.build(where.site(path))
+        deltas[path].init(_generator(fresh.seed if fresh else 0, path))
+    group.spec.join(deltas)
+    if fresh is not None:
+        owners = {id(p): name for name, p in model.named_parameters()}
+        for path, W in group.spec.begin(model, deltas, fresh):
+            where = place(model, path)
+            state.moved[owners[id(where.parameter)]] = where.parameter.detach().to("cpu", copy=True)
+            with torch.no_grad():
+                where.parameter.copy_(where.oriented(W))
+    for path, delta in deltas.items():
+        attach(place(model, path), delta)
 
 
 @contextlib.contextmanager
@@ -166,13 +205,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     state = adaptation(model)
     deltas = list(attached(model).values())
     before = [delta.enabled for delta in deltas]
-    trained = {name: p for name, p in model.named_parameters() if name in state.start}
+    originals = state.originals
+    trained = {name: p for name, p in model.named_parameters() if name in originals}
     values = {name: p.data for name, p in trained.items()}
     try:
         for delta in deltas:
             delta.enabled = False
         for name, parameter in trained.items():  # the tensors change places: nothing is rounded or copied back
-            parameter.data = state.start[name].to(parameter.device)
+            parameter.data = originals[name].to(parameter.device)
         yield model
     finally:
         for delta, was in zip(deltas, before, strict=True):
@@ -203,29 +243,31 @@ def merged(model: nn.Module) -> nn.Module:
             )
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     plain = copy.deepcopy(model, memo)
+    for module in {id(m): m for m in (place(plain, path).module for path in deltas)}.values():
+        detach(module)
     for path in deltas:
-        linear = plain.get_submodule(path)
-        detach(linear)
-        value = as_stored(linear, merged_weight(model, path)).to(linear.weight.dtype)
-        linear.weight = nn.Parameter(value.contiguous(), requires_grad=linear.weight.requires_grad)
+        where = place(plain, path)
+        value = where.oriented(merged_weight(model, path)).to(where.parameter.dtype)
+        where.module.register_parameter(
+            where.name, nn.Parameter(value.contiguous(), requires_grad=where.parameter.requires_grad)
+        )
     stop_marking(plain)
-    _forget(plain, state)
+    forget(plain, state)
     return plain
 
 
 def trainable(model: nn.Module) -> Trainable:
     """What trains in `model`, by kind of delta (or `own` for the model's own parameters) and module name."""
-    deltas = attached(model)
+    owners = {f"{name}.": (path, delta) for path, name, delta in attached_to(model)}
     kinds: Counter[tuple[str, str]] = Counter()
     modules: dict[tuple[str, str], set[str]] = {}
     total = 0
     for name, parameter in model.named_parameters():
-        path = name.split(".delta.")[0]
-        own = path == name or path not in deltas
-        total += parameter.numel() if own else 0
+        found = next((owner for prefix, owner in owners.items() if name.startswith(prefix)), None)
+        total += parameter.numel() if found is None else 0
         if parameter.requires_grad:
-            path = name.rpartition(".")[0] if own else path
-            key = ("own" if own else type(deltas[path]).__name__.removesuffix("Delta"), leaf(path))
+            path = name.rpartition(".")[0] if found is None else found[0]
+            key = ("own" if found is None else type(found[1]).__name__.removesuffix("Delta"), leaf(path))
             kinds[key] += parameter.numel()
             modules.setdefault(key, set()).add(path)
     return Trainable(tuple((*key, len(modules[key]), count) for key, count in kinds.items()), total)
@@ -238,14 +280,6 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     for group in [*(g for d in attached(model).values() for g in d.param_groups(lr)), {"params": own, "lr": lr}]:
         groups.setdefault(group["lr"], []).extend(group["params"])
     return [{"params": params, "lr": rate} for rate, params in groups.items() if params]
-
-
-def _forget(model: nn.Module, state: Adaptation) -> None:
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    if ignored is not None:
-        model._keys_to_ignore_on_save = set(ignored) - state.not_saved
-    if STATE in model.__dict__:
-        delattr(model, STATE)
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

@@ -1,13 +1,17 @@
-"""The two kinds of delta that sit round a linear, and the spec that builds them.
+"""The two kinds of delta that sit on a weight, and the spec that builds them.
 
 A `Delta` is a trained module round one linear: it sees the input and the linear's own forward. A `WeightDelta` is one
 whose effect is a change of the weight, so it has an adapted weight and merges. Neither ever writes to the weight.
 A class here is abstract; a method's own file holds the final ones.
+
+Shapes are those of a linear, W (out, in) and x (..., in). An embedding is a linear on one-hot inputs: W (out, in) is its
+table transposed, and x (...) holds the indices, see `through`. Experts are a stack: W and every parameter of the delta
+have one leading dimension more, the expert; only `adapted` and `change` are asked there, so write them with `...`.
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -25,11 +29,40 @@ CHUNK = 1 << 20
 """Entries of ΔW gathered at a time: bounds the temporary to CHUNK × r values."""
 
 
+Kind = Literal["linear", "embedding", "experts"]
+"""Where a delta can sit: on a linear (Conv1D included), on an embedding, on experts held as one 3-D parameter."""
+
+
+class Site(NamedTuple):
+    """One weight that a delta is built for. shape: (out, in), or (experts, out, in). dtype: of the delta's parameters."""
+
+    path: str
+    shape: tuple[int, ...]
+    kind: Kind
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Start(NamedTuple):
+    """What a fresh adapter may start from.
+
+    seed: of `adapt`. calibration: batches of model inputs (dicts), if given. round_trip: W -> what the base's quantiser
+    makes of it, (out, in) both, where the base is about to be quantised.
+    """
+
+    seed: int
+    calibration: Sequence[Mapping[str, Tensor]] | None = None
+    round_trip: Callable[[Tensor], Tensor] | None = None
+
+
 class DeltaSpec(Spec, abc.ABC):
     """What every method's spec has: where it goes. The method's own fields come after.
 
     targets: a preset (`q,v`, `attention`, `mlp`, `all-linear`), or module names and patterns, see `select`.
     layers: block indices to adapt, negative ones from the end; None for all.
+
+    The hooks that take `deltas` (module path -> delta) see every module that one spec built in a model: that is where
+    modules share tensors, a budget, or a schedule.
     """
 
     method: str
@@ -38,6 +71,10 @@ class DeltaSpec(Spec, abc.ABC):
 
     peft_type: ClassVar[str | None] = None
     """The `peft_type` of this method's adapter files; None if peft has no such method."""
+    peft_keys: ClassVar[frozenset[str]] = frozenset()
+    """The keys of peft's config that `from_peft` reads; any other that is set is refused by name."""
+    sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear"})
+    """The kinds of weight that the method can sit on."""
 
     @pydantic.field_validator("targets")
     @classmethod
@@ -47,23 +84,67 @@ class DeltaSpec(Spec, abc.ABC):
         return value
 
     @abc.abstractmethod
-    def build(self, out: int, in_: int, *, dtype: torch.dtype, device: torch.device) -> "Delta":
-        """The module for one linear of shape (out, in); its parameters are set by `init` afterwards."""
+    def build(self, site: Site) -> "Delta":
+        """The module for one site; its parameters are set by `init` afterwards. On the meta device: shapes alone."""
+
+    def each(self, paths: Sequence[str]) -> dict[str, Self]:
+        """Module path -> the spec for that module alone, where a field says different things to different modules.
+
+        Raises: UserError if a pattern in such a field matches none of them.
+        """
+        return dict.fromkeys(paths, self)
+
+    def trains(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Names of the model's own parameters that train beside the deltas (`bias` of LoRA)."""
+        return []
+
+    def join(self, deltas: Mapping[str, "Delta"]) -> None:
+        """All modules are built: let them share what they share."""
+
+    def begin(
+        self, model: nn.Module, deltas: Mapping[str, "Delta"], start: Start
+    ) -> Iterator[tuple[str, Float[Tensor, "out in"]]]:
+        """A fresh adapter begins, after every `init`, the deltas not yet on the model: a start that looks at weights or
+        activations. Yields (path, weight) for each base weight that part is moved out of, in the weight's dtype.
+        """
+        return iter(())
+
+    def penalty(self, deltas: Mapping[str, "Delta"]) -> Float[Tensor, ""] | None:
+        """What is added to the loss, differentiable; None for nothing."""
+        return None
+
+    def after_step(self, deltas: Mapping[str, "Delta"], t: int, total: int | None) -> None:
+        """After optimizer step t (1 … total), while the gradients are still there: budgets and schedules."""
+
+    def require_ready(self, deltas: Mapping[str, "Delta"]) -> None:
+        """Raises: UserError if what would be saved now is not the method (a schedule that never ran)."""
 
     def to_peft(self) -> dict[str, Any]:
         """The method's part of `adapter_config.json`. Raises: NotImplementedError if peft has no such method."""
         raise NotImplementedError
 
     @classmethod
-    def common_peft(cls, parts: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    def common_peft(cls, parts: dict[str, dict[str, Any]], deltas: Mapping[str, "Delta"]) -> dict[str, Any] | None:
         """One config for modules whose own are `parts` (path -> `to_peft`), or None if peft has no way to say it."""
         first, *rest = parts.values()
         return first if all(part == first for part in rest) else None
 
     @classmethod
-    def from_peft(cls, config: dict[str, Any], path: str) -> Self:
-        """The spec of the module at `path` as a peft config has it. Raises: UserError naming what is not supported."""
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """Whether a peft config is of this method; its `peft_type` alone says so unless two methods share one."""
+        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
+        """The spec of a peft config whose targets are `paths`. Raises: UserError naming what is not supported."""
         raise NotImplementedError
+
+    def shared_to_peft(self, deltas: Mapping[str, "Delta"]) -> dict[str, Tensor]:
+        """Tensors of the file that belong to no single module, by their key after `base_model.`."""
+        return {}
+
+    def shared_from_peft(self, deltas: Mapping[str, "Delta"], tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `shared_to_peft` gave, keys and shapes checked."""
 
 
 class ParameterSpec(Spec, abc.ABC):
@@ -74,18 +155,36 @@ class ParameterSpec(Spec, abc.ABC):
         """Their names, in model order. Raises: UserError if there is none."""
 
 
+class Base:
+    """The linear under a delta, as it was loaded: called, its own forward. W: its weight, (out, in). bias: (out,) or None."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], linear: nn.Module) -> None:
+        self.forward, self.linear = forward, linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    @property
+    def W(self) -> Tensor:
+        return weight_of(self.linear)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.linear, "bias", None)
+
+
 class Delta(nn.Module, abc.ABC):
-    """A trained module round one linear: y = forward(x, base), where base(x) is the linear as it was loaded."""
+    """A trained module round one linear: y = forward(x, base)."""
 
     enabled: bool = True
-    keep: Bool[Tensor, "out in"] | None
+    keep: Bool[Tensor, "*e out in"] | None
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keep", None)
 
     @abc.abstractmethod
-    def forward(self, x: Float[Tensor, "*lead in"], base: Callable[[Tensor], Tensor]) -> Float[Tensor, "*lead out"]:
+    def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         """The adapted linear's output."""
 
     @abc.abstractmethod
@@ -127,10 +226,10 @@ class WeightDelta(Delta):
         self.drop: nn.Module = nn.Identity()
 
     @abc.abstractmethod
-    def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
         """The merged weight, in the wider of W's and the delta's precision; differentiable."""
 
-    def change(self, W: Tensor) -> Float[Tensor, "out in"]:
+    def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         """ΔW. A method that knows it without W overrides this, for precision and for quantised weights.
 
         W: as `weight_of` gives it, so that a method that does not look at it may sit on a quantised linear.
@@ -138,35 +237,50 @@ class WeightDelta(Delta):
         return self.adapted(W) - W
 
     def factors(self) -> Factors | None:
-        """The low-rank form of ΔW before `keep`, or None where it has none."""
+        """The low-rank form of ΔW before `keep`, or None where it has none. Of experts: of each, stacked."""
         return None
 
     def entries(self, index: Int[Tensor, " k"], W: Tensor) -> Float[Tensor, " k"]:
-        """ΔW at flat positions row · in + column; O(k · r) where `factors` allow, else from the dense ΔW."""
+        """ΔW at flat positions row · in + column (plus expert · out · in); O(k · r) where `factors` allow."""
         factors = self.factors()
         if factors is None:
             return self.change(W).flatten()[index]
         A, B, s = factors
+        out, in_ = B.shape[-2], A.shape[-1]
+        A, B = A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:])  # one expert where there are none
         parts = []
         for part in index.split(CHUNK):
-            rows, columns = part // A.shape[1], part % A.shape[1]
-            parts.append(s * torch.einsum("kr,rk->k", B[rows], A[:, columns]))
+            expert, rows, columns = part // (out * in_), part // in_ % out, part % in_
+            parts.append(s * (B[expert, rows] * A[expert, :, columns]).sum(-1))
         values = torch.cat(parts) if parts else A.new_zeros(0)
         return values if self.keep is None else values * self.keep.flatten()[index]
 
-    def kept(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def kept(self, change: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
         """`change` where `keep` allows, zero elsewhere."""
         return change if self.keep is None else change * self.keep
 
-    def masked(
-        self, x: Float[Tensor, "*lead in"], base: Callable[[Tensor], Tensor], W: Tensor
-    ) -> Float[Tensor, "*lead out"]:
+    def masked(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         """The forward when `keep` is set: W x + (ΔW ⊙ keep) drop(x)."""
-        return base(x) + F.linear(self.drop(x), self.change(W).to(x.dtype))
+        y = base(x)
+        return y + through(self.drop(x), self.change(base.W)).to(y.dtype)
+
+
+def through(x: Float[Tensor, "*lead in"] | Int[Tensor, "*lead"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*lead r"]:
+    """A x; where x holds indices, the inputs are the one-hot vectors of an embedding, and A's columns are looked up."""
+    if x.is_floating_point():
+        return F.linear(x, A.to(x.dtype))
+    return F.embedding(x, A.mT)
+
+
+class Dropout(nn.Dropout):
+    """Dropout of a delta's input. Indices pass: a one-hot input has nothing to drop that peft would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.is_floating_point() else x
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """A linear's weight as (out, in): a transposed view for Conv1D. Of other modules, and quantised, as it is kept."""
+    """A linear's weight as (out, in): a transposed view for Conv1D and embeddings. Quantised: as it is kept."""
     return as_stored(linear, linear.weight)
 
 
@@ -178,8 +292,8 @@ def shape_of(linear: nn.Module) -> tuple[int, ...]:
 
 
 def as_stored(linear: nn.Module, W: Tensor) -> Tensor:
-    """(out, in) as the linear keeps its weight, and back: transposed for Conv1D, the same tensor otherwise."""
-    return W.T if isinstance(linear, Conv1D) else W
+    """(out, in) as the linear keeps its weight, and back: transposed for Conv1D and embeddings, else the same tensor."""
+    return W.mT if isinstance(linear, (Conv1D, nn.Embedding)) else W
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

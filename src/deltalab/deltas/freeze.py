@@ -25,7 +25,8 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Bool, Float
 from deltalab.deltas.adapt import attached
 from deltalab.deltas.base import WeightDelta, as_stored, shape_of, weight_of, wide
-from deltalab.deltas.select import linears, model_name
+from deltalab.deltas.select import model_name
+from deltalab.deltas.sites import linears
 
 Variant = Literal["none", "grad_mask", "exact", "rewind", "delta_mask"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

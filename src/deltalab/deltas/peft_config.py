@@ -13,13 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas import methods
 from deltalab.deltas.base import DeltaSpec
-from deltalab.deltas.select import layer_numbers, leaf, linears, model_name, select
+from deltalab.deltas.select import layer_numbers, leaf, model_name, select
+from deltalab.deltas.sites import linears
+from deltalab.deltas.weights import Group, Planned
 
 ABOUT = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
          "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "eva_config"}  # fmt: skip
 """Keys that say nothing about what is computed, or only beside another option that is refused."""
 WHERE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"}
-READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
 
 
 def is_peft(value: Any) -> bool:
@@ -27,36 +28,40 @@ def is_peft(value: Any) -> bool:
     return any(cls.__module__.startswith("peft.") for cls in type(value).__mro__) and hasattr(value, "to_dict")
 
 
-def peft_plan(model: nn.Module, config: dict[str, Any], *, fresh: bool = False) -> dict[str, DeltaSpec]:
-    """Module path -> spec, as peft would adapt `model`. fresh: the adapter is new, so its start counts too.
+def peft_plan(model: nn.Module, config: dict[str, Any], *, fresh: bool = False) -> Planned:
+    """What peft would do to `model` by this config. fresh: the adapter is new, so its start counts too.
 
     Raises: UserError for an unknown type, an unsupported option, or targets that match nothing.
     """
     method = method_of(config)
-    check_options(config)
+    check_options(config, method)
     if fresh and config.get("init_lora_weights", True) is not True:
         raise UserError(
             f"init_lora_weights={config['init_lora_weights']!r} is not supported for a new adapter.", nearest=["True"]
         )
-    return {path: method.from_peft(config, path) for path in peft_targets(model, config)}
+    paths = peft_targets(model, config)
+    return Planned([Group(method.from_peft(config, paths), paths)], [], set())
 
 
 def method_of(config: dict[str, Any]) -> type[DeltaSpec]:
-    """The spec class for the config's `peft_type`. Raises: UserError, with the types that are supported."""
+    """The spec class that reads this config. Raises: UserError, with the types that are supported."""
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    by_type = {cls.peft_type: cls for cls in methods().values() if cls.peft_type}
-    if kind not in by_type:
-        raise UserError(f"adapters of peft_type {kind!r} are not supported.", nearest=sorted(by_type))
-    return by_type[kind]
+    known = [cls for cls in methods().values() if cls.peft_type]
+    found = [cls for cls in known if cls.reads({**config, "peft_type": kind})]
+    if not found:
+        raise UserError(
+            f"adapters of peft_type {kind!r} are not supported.", nearest=sorted({str(c.peft_type) for c in known})
+        )
+    return found[0]
 
 
-def check_options(config: dict[str, Any]) -> None:
+def check_options(config: dict[str, Any], method: type[DeltaSpec]) -> None:
     """Raises: UserError, naming every option that would change the model in a way that is not supported."""
     faults = []
     for key, value in sorted(config.items()):
         if key == "bias":
             refused = value != "none"
-        elif key in ABOUT | WHERE | READ or value in (None, False, "", 0) or value == {} or value == []:
+        elif key in ABOUT | WHERE | method.peft_keys or value in (None, False, "", 0) or value == {} or value == []:
             refused = False
         else:
             refused = True
@@ -65,12 +70,6 @@ def check_options(config: dict[str, Any]) -> None:
     if faults:
         raise UserError(f"the adapter uses {', '.join(faults)}, which is not supported.",
                         next="merge it into its base model with peft, and load the result")  # fmt: skip
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), (int, float))]
-    if missing:
-        raise UserError(
-            f"the adapter's config says no {' and no '.join(missing)}.",
-            found=f"keys: {', '.join(sorted(config)) or 'none'}",
-        )
 
 
 def peft_targets(model: nn.Module, config: dict[str, Any]) -> list[str]:

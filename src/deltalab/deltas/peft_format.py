@@ -20,15 +20,20 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, remove, replacing
 from deltalab.core.spec import build
 from deltalab.deltas import methods
-from deltalab.deltas.adapt import adaptation, attached, is_adapted, start, unload
-from deltalab.deltas.base import DeltaSpec, WeightDelta, shape_of, weight_of
+from deltalab.deltas.adapt import start
+from deltalab.deltas.attach import attached_to
+from deltalab.deltas.base import ParameterSpec, WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_config import peft_plan, peft_where
 from deltalab.deltas.select import model_name
+from deltalab.deltas.sites import place, places
+from deltalab.deltas.switch import adapters, drop
+from deltalab.deltas.weights import Group, Planned, adaptation, attached, is_adapted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 OWN_TYPE = "DELTALAB"
+FORMAT = 2
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -63,25 +68,23 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "default") -> nn.Module:
     """Put the adapter in `folder` on `model`, in place, trainable as after `adapt`; returns the model.
 
     Raises: UserError if the model is adapted already, a file is missing or damaged, an option is not supported, or a
     tensor is missing, not expected, or of another shape, each by name. Then the model is as it was.
     """
-    if is_adapted(model):
-        raise UserError(f"{model_name(model)} is adapted already.", next="deltalab.unload(model) first")
     config, tensors = _read(Path(folder))
     if config.get("peft_type") == OWN_TYPE:
-        return _load_own(model, config, tensors, folder)
+        return _load_own(model, config, tensors, folder, adapter)
     plan = peft_plan(model, config)
     expected: dict[str, tuple[int, ...]] = {}
-    for path, spec in plan.items():
-        out, in_ = shape_of(model.get_submodule(path))
-        skeleton = spec.build(out, in_, dtype=torch.float32, device=torch.device("meta"))
-        expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in skeleton.to_peft().items()}
+    for group in plan.groups:
+        for path, spec in group.spec.each(group.paths).items():
+            skeleton = spec.build(place(model, path).site(path)._replace(device=torch.device("meta")))
+            expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in skeleton.to_peft().items()}
     _check(tensors, expected, f"adapter '{folder}'")
-    start(model, plan, [], set())
+    start(model, plan, adapter=adapter)
     for path, delta in attached(model).items():
         delta.from_peft({key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.to_peft()})
     return model
@@ -94,9 +97,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     if not is_adapted(model):
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    paths, own = attached(model), adaptation(model).start
+    own = adaptation(model).start
     state = {
-        f"{path}.delta.{key}": t.detach() for path, delta in paths.items() for key, t in delta.state_dict().items()
+        f"{name}.{key}": t.detach() for _, name, delta in attached_to(model) for key, t in delta.state_dict().items()
     }
     return state | {name: p.detach() for name, p in model.named_parameters() if name in own}
 
@@ -106,17 +109,14 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises: UserError, by name, for a tensor that is missing, not expected, or of another shape.
     """
-    masks = {key: t for key, t in state.items() if key.endswith(".delta.keep")}
-    deltas = attached(model)
-    for path, delta in deltas.items():
-        mask = masks.get(f"{path}.delta.keep")
+    for path, name, delta in attached_to(model):
+        mask = state.get(f"{name}.keep")
         if isinstance(delta, WeightDelta):
-            linear = model.get_submodule(path)
-            if mask is not None and tuple(mask.shape) != shape_of(linear):
-                raise UserError(
-                    f"'{path}.delta.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {shape_of(linear)}"
-                )
-            delta.keep = None if mask is None else mask.to(weight_of(linear).device, torch.bool).clone()
+            where = place(model, path)
+            shape = where.site(path).shape
+            if mask is not None and tuple(mask.shape) != shape:
+                raise UserError(f"'{name}.keep' has shape {tuple(mask.shape)}.", found=f"the weight is {shape}")
+            delta.keep = None if mask is None else mask.to(where.parameter.device, torch.bool).clone()
     own = trained_state(model)
     _check(state, {name: tuple(t.shape) for name, t in own.items()}, "the trained state")
     with torch.no_grad():
@@ -132,7 +132,7 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         return None
     kind = kinds.pop()
     parts = {path: spec.to_peft() for path, spec in state.plan.items()} if kind.peft_type else {}
-    common = kind.common_peft(parts) if parts else None
+    common = kind.common_peft(parts, deltas) if parts else None
     if common is None:
         return None
     config = {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
@@ -144,47 +144,53 @@ def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of an adapter that peft has no words for."""
     state = adaptation(model)
     names = {cls: name for name, cls in methods().items()}
-    plan = {path: {"kind": names[type(spec)], **spec.plain()} for path, spec in state.plan.items()}
+    groups = [{"kind": names[type(g.spec)], "spec": g.spec.plain(), "paths": g.paths} for g in state.groups]
     config = {
         "peft_type": OWN_TYPE,
-        "format": 1,
-        "deltas": plan,
+        "format": FORMAT,
+        "deltas": groups,
         "train": [mask.plain() for mask in state.masks],
         "own": sorted(state.start),
     }
     return config, {PREFIX + name: t for name, t in trained_state(model).items()}
 
 
-def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> nn.Module:
-    known = methods()
-    plan: dict[str, DeltaSpec] = {}
-    linears = dict(model.named_modules())
-    for path, values in config.get("deltas", {}).items():
-        values = dict(values)
-        kind = values.pop("kind", None)
-        if kind not in known:
-            raise UserError(f"adapter '{folder}' has a delta of kind {kind!r}.", nearest=sorted(known))
-        if path not in linears:
-            raise UserError(
-                f"adapter '{folder}' adapts '{path}', which {model_name(model)} does not have.",
-                nearest=nearest(path, linears),
-            )
-        plan[path] = build(known[kind], values, f"adapter '{folder}'")
+def _load_own(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path, adapter: str
+) -> nn.Module:
+    what = f"adapter '{folder}'"
+    if config.get("format") != FORMAT:
+        raise UserError(f"{what} has format {config.get('format')!r}.", found=f"this version reads {FORMAT}")
+    known, there = methods(), places(model)
+    groups: list[Group] = []
+    entries = config.get("deltas", [])
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"spec", "paths"} <= e.keys() for e in entries):
+        raise UserError(f"the list of deltas of {what} is damaged.", found=str(entries)[:80], next="save it again")
+    for entry in entries:
+        if entry.get("kind") not in known:
+            raise UserError(f"{what} has a delta of kind {entry.get('kind')!r}.", nearest=sorted(known))
+        for path in entry["paths"]:
+            if path not in there:
+                raise UserError(
+                    f"{what} adapts '{path}', which {model_name(model)} does not have.", nearest=nearest(path, there)
+                )
+        groups.append(Group(build(known[entry["kind"]], entry["spec"], what), entry["paths"]))
     own = dict(model.named_parameters())
     missing = [name for name in config.get("own", []) if name not in own]
     if missing:
         raise UserError(
-            f"adapter '{folder}' trains '{missing[0]}', which {model_name(model)} does not have.",
-            nearest=nearest(missing[0], own),
+            f"{what} trains '{missing[0]}', which {model_name(model)} does not have.", nearest=nearest(missing[0], own)
         )
     wrong = [key for key in tensors if not key.startswith(PREFIX)]
     if wrong:
-        raise UserError(f"adapter '{folder}' has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
-    start(model, plan, [build(Train, mask) for mask in config.get("train", [])], set(config.get("own", [])))
+        raise UserError(f"{what} has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
+    masks: list[ParameterSpec] = [build(Train, mask) for mask in config.get("train", [])]
+    active = adapters(model)[:1]
+    start(model, Planned(groups, masks, set(config.get("own", []))), adapter=adapter)
     try:
         load_trained_state(model, {key.removeprefix(PREFIX): t for key, t in tensors.items()})
     except UserError:
-        unload(model)
+        drop(model, active)
         raise
     return model
 

@@ -1,8 +1,9 @@
-"""Which modules a delta goes to. A selection is a value that prints; what matches nothing is an error, never skipped.
+"""Which weights a delta goes to. A selection is a value that prints; what matches nothing is an error, never skipped.
 
 A target is a preset (`q,v`, `attention`, `mlp`, `all-linear`), the name of a linear (`q_proj`, `self_attn.q_proj`, or
 the whole path), a shell pattern (`layers.0.*`) or `re:` and a regular expression for the whole path. Presets go by the
-structure of the decoder blocks, so they never take embeddings or the output layer.
+structure of the blocks, so they never take embeddings or the output layer; experts held as 3-D parameters belong to
+`mlp` and `all-linear`. An embedding is taken by a target that matches no linear.
 """
 
 import fnmatch
@@ -14,21 +15,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.base import LINEARS, Delta
+from deltalab.deltas.sites import Place, base_modules, linears, places, stacked_parameters
 
 PRESETS = ("q,v", "attention", "mlp", "all-linear")
-QUERY = {"q_proj", "query", "q_lin", "wq"}
-VALUE = {"v_proj", "value", "v_lin", "wv"}
+QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
+VALUE = {"v_proj", "value", "v_lin", "wv", "v"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "in_proj", "wqkv"}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen linears, in model order. names: their module paths. model, linears: what they were chosen from."""
+    """The chosen weights, in model order. names: their paths. model, linears: what they were chosen from.
+
+    kinds: of each, see `deltalab.deltas.base.Kind`.
+    """
 
     names: list[str]
     model: str
     linears: int
+    kinds: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -37,23 +42,25 @@ class Selection:
         return iter(self.names)
 
     def __str__(self) -> str:
-        kinds = Counter(leaf(name) for name in self.names)
-        lines = [f"{len(self.names)} of {self.linears} linears of {self.model}"]
-        return "\n".join(lines + [f"  {count:4d} × {kind}" for kind, count in kinds.items()])
+        leaves = Counter((leaf(name), self.kinds[name]) for name in self.names)
+        other = [kind for kind in ("embedding", "experts") if kind in self.kinds.values()]
+        what = "linears" if not other else f"weights ({', '.join(['linears', *other])})"
+        lines = [f"{len(self.names)} of {self.linears} {what} of {self.model}"]
+        return "\n".join(lines + [f"  {count:4d} × {name}" for (name, _), count in leaves.items()])
 
 
 def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int] | None = None) -> Selection:
-    """The linears of `model` that `targets` name, in model order.
+    """The weights of `model` that `targets` name, in model order.
 
     targets: a preset, a name or pattern, several joined by commas, or a list of them. layers: block indices to stay
     in, negative from the end.
     Raises: UserError for a target that matches nothing, matches only what no delta can sit on, or a layer not there.
     """
-    all_linears = linears(model)
+    there = places(model)
     blocks = layer_numbers(model, layers)
     chosen: set[str] = set()
     for target in _split(targets):
-        found = _preset(model, target) if target in PRESETS else _match(model, target, all_linears)
+        found = _preset(model, target, there) if target in PRESETS else _match(model, target, there)
         if blocks is not None:
             inside = {name for name in found if layer_of(model, name) in blocks}
             if found and not inside:
@@ -62,12 +69,9 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
             found = inside
         chosen |= found
     _refuse_tied(model, chosen)
-    return Selection([name for name in all_linears if name in chosen], model_name(model), len(all_linears))
-
-
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear of the model, path -> module, in model order; a delta's own linears are not the model's."""
-    return {name: module for name, module in base_modules(model) if isinstance(module, LINEARS)}
+    kinds = {name: str(there[name].kind) for name in there if name in chosen}
+    count = sum(place.kind == "linear" or place.kind in kinds.values() for place in there.values())
+    return Selection(list(kinds), model_name(model), count, kinds)
 
 
 def scored_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -76,22 +80,12 @@ def scored_linears(model: nn.Module) -> dict[str, nn.Module]:
     The module's own weight, `weight_of(module)`, (out, in), is the base weight, adapted or not.
     Raises: UserError if a block holds experts as 3-D parameters.
     """
-    _refuse_experts(model, "scored linears")
+    _refuse_experts(model, "scored linears", set())
     return _in_blocks(model)
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the deltas and what is in them."""
-    deltas: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if isinstance(module, Delta):
-            deltas += (name + ".",)
-        elif not deltas or not name.startswith(deltas):
-            yield name, module
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its path: the largest outermost `ModuleList`.
+def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of blocks, path -> blocks, the largest first: one, or both of an encoder–decoder.
 
     Raises: UserError if the model has none.
     """
@@ -103,26 +97,46 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UserError(
             f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
         )
-    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
+    order = sorted(lists, key=lambda name: sizes[name], reverse=True)
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {name: lists[name] for name in order[: 2 if both else 1]}
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The largest list of blocks and its path; of an encoder–decoder the decoder's, where it is the larger.
+
+    Raises: UserError if the model has none.
+    """
+    return next(iter(stacks(model).items()))
 
 
 def layer_of(model: nn.Module, name: str) -> int | None:
-    """The index of the decoder block that a path lies in, or None outside the blocks."""
-    prefix = decoder_blocks(model)[0] + "."
-    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+    """The index of the block that a path lies in, in its own stack, or None outside the blocks."""
+    for stack in stacks(model):
+        if name.startswith(stack + "."):
+            return int(name[len(stack) + 1 :].split(".")[0])
+    return None
 
 
 def layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> set[int] | None:
-    """`layers` as indices from 0; None stays None.
+    """`layers` as indices from 0, in each stack of blocks; None stays None.
 
-    Raises: UserError for an index outside the model, or none at all.
+    Raises: UserError for an index outside the model, none at all, or one from the end where stacks differ in length.
     """
     if layers is None:
         return None
-    count = len(decoder_blocks(model)[1])
+    lengths = {len(blocks) for blocks in stacks(model).values()}
+    count = max(lengths)
     wrong = [i for i in layers if not -count <= i < count]
     if wrong or not layers:
         raise UserError(f"layers {wrong or '[]'} are not in {_called(model)}.", found=f"{count} layers, 0 to {count - 1}, or -1 to -{count} from the end")  # fmt: skip
+    if len(lengths) > 1 and any(i < 0 for i in layers):
+        raise UserError(
+            f"layers counted from the end mean two things in {_called(model)}.",
+            found=f"stacks of {' and '.join(map(str, sorted(lengths)))} blocks",
+            next="count from 0",
+        )
     return {i % count for i in layers}
 
 
@@ -167,8 +181,8 @@ def _called(model: nn.Module) -> str:
 
 
 def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    prefix = decoder_blocks(model)[0] + "."
-    return {name: module for name, module in linears(model).items() if name.startswith(prefix)}
+    inside = tuple(f"{stack}." for stack in stacks(model))
+    return {name: module for name, module in linears(model).items() if name.startswith(inside)}
 
 
 def in_attention(name: str) -> bool:
@@ -179,14 +193,16 @@ def in_attention(name: str) -> bool:
     )
 
 
-def _preset(model: nn.Module, preset: str) -> set[str]:
-    """The linears of a preset.
+def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
+    """The weights of a preset.
 
     Raises: UserError, naming the modules, where the model keeps them in a form that the preset would have to skip.
     """
     inside = _in_blocks(model)
+    experts: set[str] = set()
     if preset in ("mlp", "all-linear"):
-        _refuse_experts(model, f"preset '{preset}'")
+        experts = {name for name, place in there.items() if place.kind == "experts"}
+        _refuse_experts(model, f"preset '{preset}'", experts)
     if preset == "q,v":
         found = {name for name in inside if leaf(name) in QUERY | VALUE}
         fused = sorted({leaf(name) for name in inside if leaf(name) in FUSED})
@@ -199,7 +215,7 @@ def _preset(model: nn.Module, preset: str) -> set[str]:
             "mlp": lambda n: not in_attention(n),
             "all-linear": lambda n: True,
         }
-        found = {name for name in inside if keep[preset](name)}
+        found = {name for name in inside if keep[preset](name)} | experts
     if not found:
         raise UserError(
             f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model)
@@ -207,8 +223,9 @@ def _preset(model: nn.Module, preset: str) -> set[str]:
     return found
 
 
-def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> set[str]:
-    found = {name for name in all_linears if pattern_matches(target, name)}
+def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:
+    matched = {name: place.kind for name, place in there.items() if pattern_matches(target, name)}
+    found = {name for name, kind in matched.items() if kind != "embedding"} or set(matched)
     if found:
         return found
     other = [(name, type(m).__name__) for name, m in base_modules(model) if name and pattern_matches(target, name)]
@@ -220,7 +237,7 @@ def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> 
     if other:
         raise UserError(f"target '{target}' matches no linear of {_called(model)}.", found=f"it matches {other[0][0]}, {_article(other[0][1])}: a delta sits on linears",
                         nearest=PRESETS, next=_see(model))  # fmt: skip
-    counts = Counter(leaf(name) for name in all_linears)
+    counts = Counter(leaf(name) for name in linears(model))
     near = nearest(leaf(target), counts) or list(counts)[:3]
     raise UserError(f"target '{target}' matches no module of {_called(model)}.", nearest=[f"{name} ({counts[name]})" for name in near],
                     next=f"one of the presets: {'  '.join(PRESETS)}\n  {_see(model)}")  # fmt: skip
@@ -228,26 +245,26 @@ def _match(model: nn.Module, target: str, all_linears: dict[str, nn.Module]) -> 
 
 def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:
     """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
+    there = places(model)
     owners: dict[int, list[str]] = {}
-    for name, module in base_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    modules = dict(base_modules(model))
+    for name, place in there.items():
+        owners.setdefault(id(place.parameter), []).append(name)
     for name in sorted(chosen):
-        others = [o for o in owners.get(id(modules[name]._parameters.get("weight")), [name]) if o != name]
+        others = [o for o in owners[id(there[name].parameter)] if o != name]
         if others:
             raise UserError(f"target '{name}' shares its weight with {', '.join(others)} (tied), so no delta goes there.",
                             next="leave it out, or load the model with tie_word_embeddings=False")  # fmt: skip
 
 
-def _refuse_experts(model: nn.Module, what: str) -> None:
-    prefix = decoder_blocks(model)[0] + "."
-    stacked = [(n, tuple(p.shape)) for n, p in model.named_parameters() if n.startswith(prefix) and p.ndim == 3]
-    if stacked:
-        name, shape = stacked[0]
-        raise UserError(f"{what}: {_called(model)} holds experts as 3-D parameters, which no delta covers.",
-                        found=f"{len(stacked)}, the first is {name} {shape}", next="name the linears that you want, or the preset 'attention'")  # fmt: skip
+def _refuse_experts(model: nn.Module, what: str, covered: set[str]) -> None:
+    """Raises: UserError if the blocks hold 3-D parameters other than `covered`."""
+    inside = tuple(f"{stack}." for stack in stacks(model))
+    rest = {name: shape for name, shape in stacked_parameters(model).items() if name not in covered}
+    rest = {name: shape for name, shape in rest.items() if name.startswith(inside)}
+    if rest:
+        name, shape = next(iter(rest.items()))
+        raise UserError(f"{what}: {_called(model)} holds experts as 3-D parameters, which it does not cover.",
+                        found=f"{len(rest)}, the first is {name} {tuple(shape)}", next="name the linears that you want, or the preset 'attention'")  # fmt: skip
 
 
 def _names(found: dict[str, nn.Module]) -> str:

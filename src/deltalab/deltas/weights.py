@@ -6,29 +6,64 @@ Nothing here writes to a model. Changes are given in fp32 or wider: a 16-bit wei
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
-from deltalab.deltas.attach import Adapted
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, as_stored, shape_of, weight_of, wide
-from deltalab.deltas.select import base_modules, model_name
+from deltalab.deltas.attach import attached_to
+from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, shape_of, wide
+from deltalab.deltas.select import model_name
+from deltalab.deltas.sites import Place, base_modules, places
 
 STATE = "_deltalab"
 """Attribute of an adapted model that holds its `Adaptation`; deepcopied with the model."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """One spec and the weights that it adapts, by path."""
+
+    spec: DeltaSpec
+    paths: list[str]
+
+
+class Planned(NamedTuple):
+    """What a spec or a file means for one model. names: of the own parameters that train."""
+
+    groups: list[Group]
+    masks: list[ParameterSpec]
+    names: set[str]
+
+
 @dataclass
 class Adaptation:
-    """What `adapt` did. was_trainable: requires_grad before. start: CPU copies of the own parameters that train."""
+    """What `adapt` did, and the adapters that are not active.
 
-    plan: dict[str, DeltaSpec]
+    name: of the active adapter. was_trainable: requires_grad before. start: CPU copies of the own parameters that train.
+    moved: CPU copies of the base weights that part was moved out of, by a start that does so. parked: the others, by name.
+    """
+
+    groups: list[Group]
     masks: list[ParameterSpec]
     was_trainable: dict[str, bool]
     start: dict[str, Tensor] = field(default_factory=dict)
+    moved: dict[str, Tensor] = field(default_factory=dict)
     not_saved: set[str] = field(default_factory=set)
+    name: str = "default"
+    parked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> dict[str, DeltaSpec]:
+        """Path -> the spec of that weight alone."""
+        return {path: spec for group in self.groups for path, spec in group.spec.each(group.paths).items()}
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """CPU copies of every parameter of the base model that is not what was loaded, by name."""
+        return self.moved | self.start
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -38,32 +73,32 @@ def is_adapted(model: nn.Module) -> bool:
 
 def adaptation(model: nn.Module) -> Adaptation:
     """What was done to the model. On a plain model: nothing was."""
-    return getattr(model, STATE, None) or Adaptation({}, [], {})
+    return getattr(model, STATE, None) or Adaptation([], [], {})
 
 
 def attached(model: nn.Module) -> dict[str, Delta]:
     """Module path -> delta, in model order."""
-    return {name: module.delta for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {path: delta for path, _, delta in attached_to(model)}
 
 
 def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter and saved buffer of the base model, as it was loaded."""
-    start = adaptation(model).start
+    originals = adaptation(model).originals
     for name, tensor in model.state_dict().items():
         if ".delta." not in name:
-            yield name, start.get(name, tensor)
+            yield name, originals.get(name, tensor)
 
 
 def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """ΔW of the module at `path`, (out, in), in fp32 or wider; W − W₀ where W itself trains; zeros where neither."""
-    module, start = _module(model, path), _start(model, path)
-    W = weight_of(module).detach()
-    total = (
-        torch.zeros(shape_of(module), dtype=wide(W.dtype), device=W.device)
-        if start is None
-        else W.to(wide(W.dtype)) - start
-    )
-    delta = _weight_delta(module, path)
+    """ΔW of the weight at `path`, (out, in), of experts (experts, out, in), in fp32 or wider; zeros where none.
+
+    W − W₀ where W itself trains, or where a start moved part of it into the delta.
+    """
+    W, original, delta = _look(model, path)
+    if original is None:
+        total = torch.zeros(_shape(model, path), dtype=wide(W.dtype), device=W.device)
+    else:
+        total = W.to(wide(W.dtype)) - original
     if delta is not None:
         with torch.no_grad():
             total = total + delta.change(W)
@@ -71,74 +106,73 @@ def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
 
 
 def merged_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """W + ΔW of the module at `path`, (out, in), in fp32 or wider: never rounded to a 16-bit dtype."""
-    module = _module(model, path)
-    W = weight_of(module).detach()
+    """W + ΔW of the weight at `path`, shaped as `delta_weight`, in fp32 or wider: never rounded to a 16-bit dtype."""
+    W, _, delta = _look(model, path)
     W = W.to(wide(W.dtype))
-    delta = _weight_delta(module, path)
     with torch.no_grad():
         return W.clone() if delta is None else delta.adapted(W)
 
 
 def base_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """W₀ of the module at `path`, (out, in), in its own dtype: the weight that was loaded."""
-    start = _start(model, path)
-    W = weight_of(_module(model, path)).detach()
-    return W if start is None else start.to(W.dtype)
+    """W₀ of the weight at `path`, shaped as `delta_weight`, in its own dtype: the weight that was loaded."""
+    W, original, _ = _look(model, path)
+    return W if original is None else original.to(W.dtype)
 
 
 def delta_entries(model: nn.Module, path: str, index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """ΔW at flat positions row · in + column, in fp32 or wider; without the dense ΔW where the method allows it.
+    """ΔW at flat positions of `delta_weight`, in fp32 or wider; without the dense ΔW where the method allows it.
 
     Raises: UserError for a position outside the matrix.
     """
-    module, start = _module(model, path), _start(model, path)
-    W = weight_of(module).detach()
+    W, original, delta = _look(model, path)
     index = index.to(W.device)
     low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
-    shape = shape_of(module)
+    shape = _shape(model, path)
     if low < 0 or high >= math.prod(shape):
         raise UserError(
             f"entry {low if low < 0 else high} is not in '{path}'.",
             found=f"{math.prod(shape)} entries, shape {shape}",
         )
     values = torch.zeros(index.shape, dtype=wide(W.dtype), device=W.device)
-    if start is not None:
-        values = W.reshape(-1)[index].to(values.dtype) - start.reshape(-1)[index].to(values.dtype)
-    delta = _weight_delta(module, path)
+    if original is not None:
+        values = W.reshape(-1)[index].to(values.dtype) - original.reshape(-1)[index].to(values.dtype)
     if delta is not None:
         with torch.no_grad():
             values = values + delta.entries(index, W)
     return values
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
-    modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
+def _place(model: nn.Module, path: str) -> Place:
+    """The weight at `path`, whether a delta can sit on it or not."""
     name = path.removesuffix(".weight")
-    if name not in modules:
-        raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, modules),
+    modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
+    if name in modules:
+        return Place(modules[name], "weight", "linear")
+    found = places(model)
+    if name not in found:
+        raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, [*modules, *found]),
                         next=f"see every name: deltalab targets {model_name(model)}")  # fmt: skip
-    return modules[name]
+    return found[name]
 
 
-def _start(model: nn.Module, path: str) -> Tensor | None:
-    """W₀ as (out, in) on the weight's device, if W itself trains."""
-    starts = adaptation(model).start
-    if not starts:
-        return None
-    module = _module(model, path)
-    name = next((n for n, p in model.named_parameters() if p is module.weight), "")  # a tied weight has one name
-    if name not in starts:
-        return None
-    return as_stored(module, starts[name].to(weight_of(module).device))
+def _shape(model: nn.Module, path: str) -> tuple[int, ...]:
+    held = _place(model, path)
+    return tuple(held.W.shape) if held.kind == "experts" else shape_of(held.module)
 
 
-def _weight_delta(module: nn.Module, path: str) -> WeightDelta | None:
-    if not isinstance(module, Adapted):
-        return None
-    if not isinstance(module.delta, WeightDelta):
+def _look(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, WeightDelta | None]:
+    """(W, W₀ on its device if W is not what was loaded, the delta on it if any) of the weight at `path`."""
+    held = _place(model, path)
+    W, original = held.W.detach(), None
+    originals = adaptation(model).originals
+    if originals:
+        name = next((n for n, p in model.named_parameters() if p is held.parameter), "")  # a tied weight has one name
+        if name in originals:
+            original = held.oriented(originals[name].to(W.device))
+    delta = attached(model).get(path.removesuffix(".weight"))
+    if delta is not None and not isinstance(delta, WeightDelta):
         raise UserError(
             f"the delta on '{path}' depends on the input, so it is no change of the weight.",
-            found=type(module.delta).__name__,
+            found=type(delta).__name__,
         )
-    return module.delta
+    return W, original, delta

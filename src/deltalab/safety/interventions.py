@@ -5,7 +5,7 @@ not written to: a delta takes them away, ΔW = −W at the entries and zero else
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.attach import attach, detach
-from deltalab.deltas.base import WeightDelta, weight_of
-from deltalab.deltas.select import linears, model_name
+from deltalab.deltas.base import Base, WeightDelta, weight_of
+from deltalab.deltas.select import model_name
+from deltalab.deltas.sites import Place, linears
 from deltalab.deltas.weights import attached
 from deltalab.safety.groups import Group
 
@@ -29,7 +30,7 @@ class Zeroed(WeightDelta):
     def init(self, generator: torch.Generator) -> None:
         """Nothing to set: it has no parameters."""
 
-    def forward(self, x: Float[Tensor, "*lead in"], base: Callable[[Tensor], Tensor]) -> Float[Tensor, "*lead out"]:
+    def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         raise NotImplementedError  # `keep` is always set, so that `masked` is called
 
     def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -57,7 +58,10 @@ def zeroed(model: nn.Module, group: Group) -> Iterator[nn.Module]:
     try:
         for path in group:
             if group.counts[path]:
-                attach(modules[path], Zeroed(group.mask(path).to(weight_of(modules[path]).device)))
+                attach(
+                    Place(modules[path], "weight", "linear"),
+                    Zeroed(group.mask(path).to(weight_of(modules[path]).device)),
+                )
                 done.append(modules[path])
         yield model
     finally:

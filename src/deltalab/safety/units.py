@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.base import weight_of
-from deltalab.deltas.select import in_attention, layer_of, linears, model_name
+from deltalab.deltas.select import in_attention, layer_of, model_name
+from deltalab.deltas.sites import linears
 from deltalab.safety.group import Group
 
 Kind = Literal["entry", "row", "column", "mlp-unit", "head"]

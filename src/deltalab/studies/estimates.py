@@ -20,7 +20,8 @@ from deltalab.core.errors import UserError
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
 from deltalab.deltas.base import ParameterSpec, weight_of
-from deltalab.deltas.select import linears, scored_linears, select
+from deltalab.deltas.select import scored_linears, select
+from deltalab.deltas.sites import place
 from deltalab.models.load import BUNDLED, check_folder, load
 from deltalab.safety.scores import Cost, cost
 from deltalab.studies.behaviour import questions
@@ -95,16 +96,13 @@ def _arms(spec: Any) -> list[ArmSpec]:
 def _facts(spec: Any, model: nn.Module, tokenizer: Any) -> Facts:
     trained = 0
     parameters = dict(model.named_parameters())
-    modules = linears(model)
     for item in spec.tune.adapt:
         if isinstance(item, ParameterSpec):
             trained += sum(parameters[name].numel() for name in item.parameters(model))
             continue
-        for path in select(model, item.targets, item.layers):
-            out, in_ = weight_of(modules[path]).shape
-            trained += sum(
-                p.numel() for p in item.build(out, in_, dtype=torch.float32, device=torch.device("meta")).parameters()
-            )
+        for path, one in item.each(select(model, item.targets, item.layers).names).items():
+            site = place(model, path).site(path)._replace(device=torch.device("meta"))
+            trained += sum(p.numel() for p in one.build(site).parameters())
     asked = questions(spec.evaluate, spec.seeds[0])
     replies = sum(map(len, asked.prompts.values())) * spec.evaluate.max_new_tokens + len(asked.skills) * 24
     scored = sum(m.weight.numel() for m in scored_linears(model).values())

@@ -1,0 +1,117 @@
+"""What the low-rank methods share: their fields, how peft's config says them, and the start of A.
+
+A spec here is abstract; the methods' own files hold the final ones.
+"""
+
+import abc
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deltalab.core.errors import UserError
+from deltalab.core.spec import build
+from deltalab.deltas.base import Delta, DeltaSpec
+from deltalab.deltas.select import pattern_matches
+
+
+class LowRankSpec(DeltaSpec, abc.ABC):
+    """r: rank of the change. alpha: s = alpha / r (alpha / √r with `rank_stabilised`).
+
+    dropout: probability that an entry of the delta's input is dropped in training.
+    rank_pattern, alpha_pattern: another r or alpha for the modules that a name or pattern matches, the first that does.
+    """
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank_stabilised: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_keys: ClassVar[frozenset[str]] = frozenset(
+        {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
+    )
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)
+
+    def each(self, paths: Sequence[str]) -> dict[str, Self]:
+        """Ranks and alphas by their patterns. Raises: UserError if a pattern matches none of the modules."""
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            if not any(pattern_matches(pattern, path) for path in paths):
+                raise UserError(
+                    f"the pattern '{pattern}' of {type(self).__name__} matches none of its modules.",
+                    found=f"{len(paths)} modules, the first is {paths[0]}",
+                )
+        found: dict[str, Self] = {}
+        for path in paths:
+            r = _first(self.rank_pattern, path, self.r)
+            alpha = _first(self.alpha_pattern, path, self.alpha)
+            found[path] = self.model_copy(update={"r": r, "alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}})
+        return found
+
+    def to_peft(self) -> dict[str, Any]:
+        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
+                "use_rslora": self.rank_stabilised, "init_lora_weights": True}  # fmt: skip
+
+    @classmethod
+    def common_peft(cls, parts: dict[str, dict[str, Any]], deltas: Mapping[str, Delta]) -> dict[str, Any] | None:
+        """Ranks and alphas may differ between modules: those that are not the first's go into peft's patterns."""
+        common = {**next(iter(parts.values())), "rank_pattern": {}, "alpha_pattern": {}}
+        for path, part in parts.items():
+            if any(part[key] != common[key] for key in part.keys() - {"r", "lora_alpha"}):
+                return None
+            for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+                if part[key] != common[key]:
+                    common[pattern][re.escape(path)] = part[key]
+        return common
+
+    @classmethod
+    def fields_from_peft(cls, config: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+        """The fields that the low-rank methods share, of a peft config whose targets are `paths`."""
+        missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), (int, float))]
+        if missing:
+            raise UserError(
+                f"the adapter's config says no {' and no '.join(missing)}.",
+                found=f"keys: {', '.join(sorted(config)) or 'none'}",
+            )
+        r, alpha = config["r"], config["lora_alpha"]
+        ranks = {path: by_pattern(config.get("rank_pattern"), path, r) for path in paths}
+        alphas = {path: by_pattern(config.get("alpha_pattern"), path, alpha) for path in paths}
+        return {
+            "targets": paths, "r": r, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
+            "rank_stabilised": config.get("use_rslora", False),
+            "rank_pattern": {path: value for path, value in ranks.items() if value != r},
+            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        }  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
+        return build(cls, cls.fields_from_peft(config, paths), "the adapter's config")
+
+
+def kaiming(A: Tensor, generator: torch.Generator) -> None:
+    """A (..., r, in) uniform on ±1/√in: Kaiming's with a = √5. Drawn on the CPU: the same on every device."""
+    draw = torch.rand(A.shape, generator=generator, dtype=A.dtype)
+    with torch.no_grad():
+        A.copy_((2 * draw - 1) / math.sqrt(A.shape[-1]))
+
+
+def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value that peft's `rank_pattern` or `alpha_pattern` gives a module: the first key that ends its path."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)

@@ -1,0 +1,118 @@
+"""The weights of a model that a delta can sit on, each by its path and kind.
+
+A linear and an embedding go by the path of their module, experts by the path of their parameter
+(`model.layers.0.mlp.experts.down_proj`): one module holds several of them.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltalab.core.errors import UserError
+from deltalab.deltas.base import LINEARS, Delta, Kind, Site, as_stored, shape_of, weight_of, wide
+
+
+class ExpertDeltas(nn.ModuleDict):
+    """The child `delta` of a module of experts: parameter's name -> its weight delta."""
+
+
+class Place(NamedTuple):
+    """Where a weight is kept: the module, the name of the parameter in it, and its kind."""
+
+    module: nn.Module
+    name: str
+    kind: Kind
+
+    @property
+    def transposed(self) -> bool:
+        """Whether experts are kept as (experts, in, out)."""
+        return self.kind == "experts" and bool(getattr(self.module, "is_transposed", False))
+
+    def oriented(self, W: Tensor) -> Tensor:
+        """The weight as kept to (..., out, in), and back."""
+        if self.kind == "experts":
+            return W.mT if self.transposed else W
+        return as_stored(self.module, W)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module keeps it."""
+        found = self.module._parameters.get(self.name)
+        return getattr(self.module, self.name) if found is None else found
+
+    @property
+    def W(self) -> Tensor:
+        """The weight, (..., out, in); of a quantised linear as `weight_of` gives it."""
+        return self.oriented(self.parameter) if self.kind == "experts" else weight_of(self.module)
+
+    def site(self, path: str) -> Site:
+        """What a delta for this place is built from."""
+        W = self.parameter
+        shape = tuple(self.W.shape) if self.kind == "experts" else shape_of(self.module)
+        return Site(path, shape, self.kind, wide(W.dtype), W.device)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without the deltas and what is in them."""
+    deltas: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, (Delta, ExpertDeltas)):
+            deltas += (name + ".",)
+        elif not deltas or not name.startswith(deltas):
+            yield name, module
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of the model, path -> module, in model order; a delta's own linears are not the model's."""
+    return {name: module for name, module in base_modules(model) if isinstance(module, LINEARS)}
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Every weight that a delta can sit on, by path, in model order."""
+    found: dict[str, Place] = {}
+    for path, module in base_modules(model):
+        if isinstance(module, LINEARS):
+            found[path] = Place(module, "weight", "linear")
+        elif isinstance(module, nn.Embedding):
+            found[path] = Place(module, "weight", "embedding")
+        else:
+            for name in expert_weights(module):
+                found[f"{path}.{name}"] = Place(module, name, "experts")
+    return found
+
+
+def place(model: nn.Module, path: str) -> Place:
+    """The place at `path`. Raises: UserError if there is none."""
+    parent, _, name = path.rpartition(".")
+    for owner, parameter in ((path, "weight"), (parent, name)):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if isinstance(module, LINEARS):
+            return Place(module, "weight", "linear")
+        if isinstance(module, nn.Embedding):
+            return Place(module, "weight", "embedding")
+        if parameter in expert_weights(module):
+            return Place(module, parameter, "experts")
+    raise UserError(f"'{path}' is no weight that a delta can sit on.")
+
+
+def expert_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters of `module` that hold a weight for each expert, (experts, …, …), orientation known."""
+    if not isinstance(getattr(module, "is_transposed", None), bool):  # transformers says it of its experts
+        return []
+    return [name for name, p in module._parameters.items() if isinstance(p, Tensor) and p.ndim == 3]
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, torch.Size]:
+    """Every 3-D parameter of a module that is no convolution, by name, whether its orientation is known or not."""
+    return {
+        f"{path}.{name}": p.shape
+        for path, module in base_modules(model)
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, p in module._parameters.items()
+        if isinstance(p, Tensor) and p.ndim == 3
+    }
