@@ -14,7 +14,7 @@ _PUBLIC = {
     "deltalab.core.errors": ["UserError"],
     "deltalab.models.load": ["load"],
     "deltalab.models.generate": ["generate"],
-    "deltalab.deltas": ["LoRA", "Train"],
+    "deltalab.deltas": ["LoRA", "Train", "VeRA"],
     "deltalab.deltas.adapt": [
         "adapt",
         "trainable",

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from deltalab.deltas.base import DeltaSpec
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
+    from deltalab.deltas.vera import VeRA as VeRA
 
 METHODS = {
     "LoRA": "deltalab.deltas.lora",
+    "VeRA": "deltalab.deltas.vera",
 }
 """Public name of the spec -> module that holds it. A new method is one file and one line here."""
 
