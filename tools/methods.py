@@ -1,0 +1,210 @@
+"""What each method is worth on the bundled model: the table of docs/results/methods.md.
+
+    .venv/bin/python tools/methods.py run runs/methods         # every tuning, one JSON line each; goes on where it stopped
+    .venv/bin/python tools/methods.py table runs/methods
+
+The skill is the family that the model was never trained on: the past tense of regular verbs. Its training verbs are cut
+by hash: one in four is for validation, on which each method's learning rate is chosen, from its first guess in half
+decades up and down until both neighbours of the best are worse. Then three seeds train on all training verbs at that
+rate. Asked are verbs that were taught, in a phrasing that was not, and the test split's verbs.
+"""
+
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deltalab as dl
+from deltalab.core.stats import share_interval
+from deltalab.data.chat import Conversation
+from deltalab.data.collate import collate
+from deltalab.deltas.peft_format import trained_state
+from deltalab.organism import skills
+from deltalab.train.spec import LoopSpec, OptimSpec
+
+STEPS, BATCH, SEEDS = 150, 16, (1, 2, 3)
+PHRASINGS = skills.FAMILIES[skills.WITHHELD].train_phrasings
+TAUGHT, NEW = PHRASINGS[:3], PHRASINGS[3]
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+EVERY = {"targets": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. specs: made when torch is there. base: how the model is loaded."""
+
+    specs: Callable[[], Any]
+    rate: float
+    base: dict[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+
+
+ROWS = {
+    "full": Row(lambda: dl.Train("full"), 3e-4),
+    "norms": Row(lambda: dl.Train("norms"), 3e-2),
+    "last-1": Row(lambda: dl.Train("last-1"), 1e-3),
+    "LoRA r 8": Row(lambda: dl.LoRA(r=8, **EVERY), 3e-3),
+    "LoRA r 1": Row(lambda: dl.LoRA(r=1, alpha=2, **EVERY), 3e-3),
+    "rsLoRA r 8": Row(lambda: dl.LoRA(r=8, rank_stabilised=True, **EVERY), 3e-3),
+    "LoRA+ r 8": Row(lambda: dl.LoRA(r=8, lr_ratio=16, **EVERY), 1e-3),
+    "PiSSA r 8": Row(lambda: dl.LoRA(r=8, init="pissa", **EVERY), 1e-3),
+    "OLoRA r 8": Row(lambda: dl.LoRA(r=8, init="olora", **EVERY), 1e-3),
+    "EVA r 8": Row(lambda: dl.LoRA(r=8, init="eva", **EVERY), 3e-3, calibrated=True),
+    "DoRA r 8": Row(lambda: dl.DoRA(r=8, **EVERY), 3e-3),
+    "AdaLoRA 12 → 8": Row(lambda: dl.AdaLoRA(init_r=12, target_r=8, alpha=16, **EVERY), 1e-2),
+    "IA³": Row(lambda: dl.IA3(), 3e-2),
+    "IA³ all-linear": Row(lambda: dl.IA3(**EVERY), 3e-2),
+    "VeRA r 64": Row(lambda: dl.VeRA(r=64, **EVERY), 1e-2),
+    "LoRA r 8, int4 base": Row(lambda: dl.LoRA(r=8, **EVERY), 3e-3, {"quantize": "int4"}),
+    "LoftQ r 8, int4 base": Row(lambda: dl.LoRA(r=8, init="loftq", **EVERY), 1e-3, {"quantize": "int4"}),
+    "QA-LoRA r 8, int4 base": Row(lambda: dl.QALoRA(r=8, **EVERY), 3e-3, {"quantize": "int4"}),
+}
+
+
+def verbs(split: str) -> list[str]:
+    """`fit` and `validation` are the training verbs cut in two, `train` all of them."""
+    if split in ("train", "test"):
+        return skills.past_tense_verbs(split)
+    held = [v for v in skills.past_tense_verbs("train") if zlib.crc32(f"validation {v}".encode()) % 4 == 0]
+    return held if split == "validation" else [v for v in skills.past_tense_verbs("train") if v not in held]
+
+
+def questions(split: str, phrasings: tuple[str, ...] = PHRASINGS) -> list[tuple[str, str]]:
+    """(question, answer)."""
+    return [(phrasing.format(x=verb), skills.past_tense(verb)) for verb in verbs(split) for phrasing in phrasings]
+
+
+def right(model: nn.Module, tokenizer: Any, asked: list[tuple[str, str]]) -> list[bool]:
+    """Whether each question is answered word for word, greedily."""
+    from deltalab.models.generate import generate
+
+    replies = generate(model, tokenizer, [question for question, _ in asked], max_new_tokens=12)
+    return [reply.text.strip() == answer for reply, (_, answer) in zip(replies, asked, strict=True)]
+
+
+def adapted(row: Row, seed: int, split: str) -> tuple[Any, Any, list[Conversation]]:
+    """The bundled model under the row's method, its tokenizer, and what is taught."""
+    data = [Conversation.of(question, answer) for question, answer in questions(split, TAUGHT)]
+    options: dict[str, Any] = {}
+    if row.calibrated:
+        from deltalab.data.chat import encode_all
+
+        _, tokenizer = dl.load("organism")
+        samples = list(encode_all(tokenizer, data[:64], 256, "skip"))
+        batches = [collate(samples[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(samples), 16)]
+        options["calibration"] = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
+    if row.base:  # the start runs before the base is quantised
+        model, tokenizer = dl.load("organism", adapt=row.specs(), seed=seed, **row.base)
+    else:
+        model, tokenizer = dl.load("organism")
+        dl.adapt(model, row.specs(), seed=seed, **options)
+    return model, tokenizer, data
+
+
+def tuning(row: Row, rate: float, seed: int, final: bool) -> dict[str, Any]:
+    """One tuning and what came of it: flags on the validation verbs, or on taught and test verbs."""
+    model, tokenizer, data = adapted(row, seed, "train" if final else "fit")
+    spec = LoopSpec(optim=OptimSpec(lr=rate, steps=STEPS, batch=BATCH), eval={"fraction": 0.0}, seed=seed)
+    try:
+        result = dl.train(model, tokenizer, data, spec=spec, progress=False)
+    except dl.UserError as error:  # the rate was too high: the run broke down
+        return {"broke": str(error.asked), "validation": [False]}
+    found: dict[str, Any] = {"loss": result.mean_loss()[1], "seconds": round(result.seconds, 1)}
+    if not final:
+        return {**found, "validation": right(model, tokenizer, questions("validation"))}
+    found |= {
+        "new verbs": right(model, tokenizer, questions("test")),
+        "taught verbs": right(model, tokenizer, questions("train", (NEW,))),
+        "trained": dl.trainable(model).count,
+        "bytes": sum(t.numel() * t.element_size() for t in trained_state(model).values() if t.is_floating_point()),
+    }
+    return found
+
+
+class Results:
+    """The tunings done so far, in `tunings.jsonl`, one line each."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "tunings.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        self.done = {tuple(entry["key"]): entry for entry in map(json.loads, lines)}
+
+    def get(self, name: str, rate: float, seed: int, final: bool) -> dict[str, Any]:
+        key = (name, rate, seed, final)
+        if key not in self.done:
+            entry = {"key": key, **tuning(ROWS[name], rate, seed, final)}
+            with self.file.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.done[key] = entry
+            print(name, f"{rate:g}", "seed", seed, {k: v for k, v in entry.items() if k in ("loss", "seconds", "broke")},
+                  {k: round(sum(v) / len(v), 3) for k, v in entry.items() if isinstance(v, list) and k != "key"}, flush=True)  # fmt: skip
+        return self.done[key]
+
+    def best_rate(self, name: str) -> float:
+        """The rate with the most right validation answers, then the lowest loss; no neighbour is better."""
+
+        def value(i: int) -> tuple[float, float]:
+            entry = self.get(name, RATES[i], 0, False)
+            return sum(entry["validation"]) / len(entry["validation"]), -entry.get("loss", math.inf)
+
+        best = RATES.index(ROWS[name].rate)
+        while True:
+            near = [i for i in (best - 1, best, best + 1) if 0 <= i < len(RATES)]
+            top = max(near, key=value)
+            if top == best:
+                return RATES[best]
+            best = top
+
+
+def run(folder: Path, names: list[str]) -> None:
+    """Every tuning of the rows `names`."""
+    torch.set_num_threads(1)
+    results = Results(folder)
+    for name in names:
+        rate = results.best_rate(name)
+        for seed in SEEDS:
+            results.get(name, rate, seed, True)
+
+
+def table(folder: Path) -> str:
+    """The table in Markdown; rows whose tunings are not all done are left out."""
+    results = Results(folder)
+    costs_file = folder / "costs.json"
+    costs = json.loads(costs_file.read_text()) if costs_file.is_file() else {}
+    lines = [
+        "| method | new verbs, % | taught verbs, new phrasing, % | rate | trained | adapter, KiB | step, × LoRA | memory, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ROWS:
+        finals = [entry for key, entry in results.done.items() if key[0] == name and key[3]]
+        if len(finals) < len(SEEDS) or any("broke" in entry for entry in finals):
+            continue
+        cost = costs.get(name, {})
+        lines.append(
+            f"| {name} | {percent([f['new verbs'] for f in finals])} | {percent([f['taught verbs'] for f in finals])} "
+            f"| {finals[0]['key'][1]:g} | {finals[0]['trained']:,} | {finals[0]['bytes'] / 1024:,.0f} "
+            f"| {cost.get('step', '')} | {cost.get('memory', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def percent(flags: list[list[bool]]) -> str:
+    """A share over seeds with its interval."""
+    value, low, high = share_interval(flags)
+    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+if __name__ == "__main__":
+    what, place, *chosen = sys.argv[1:]
+    if what == "run":
+        run(Path(place), chosen or list(ROWS))
+    else:
+        print(table(Path(place)))
