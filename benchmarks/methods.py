@@ -24,7 +24,7 @@ import deltalab as dl
 from deltalab.deltas.adapt import param_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from methods import ROWS, Row  # noqa: E402
+from methods import ROWS, Row
 
 ROUNDS, WARM_UP, TOKENS = 15, 2, (4, 256)
 REFERENCE = "LoRA r 8"
