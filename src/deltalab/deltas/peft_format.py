@@ -22,7 +22,7 @@ from deltalab.core.spec import build
 from deltalab.deltas import methods
 from deltalab.deltas.adapt import start
 from deltalab.deltas.attach import attached_to
-from deltalab.deltas.base import ParameterSpec, WeightDelta
+from deltalab.deltas.base import Delta, ParameterSpec, WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_config import peft_plan, peft_where
 from deltalab.deltas.select import model_name
@@ -32,6 +32,8 @@ from deltalab.deltas.weights import Group, Planned, adaptation, attached, is_ada
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SHARED = "base_model."
+"""Before the keys of tensors that modules share; in the own format a group's number follows, for there are several."""
 OWN_TYPE = "DELTALAB"
 FORMAT = 2
 
@@ -80,13 +82,19 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     plan = peft_plan(model, config)
     expected: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
-        for path, spec in group.spec.each(group.paths).items():
-            skeleton = spec.build(place(model, path).site(path)._replace(device=torch.device("meta")))
-            expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in skeleton.to_peft().items()}
+        skeletons = {
+            path: spec.build(place(model, path).site(path)._replace(device=torch.device("meta")))
+            for path, spec in group.spec.each(group.paths).items()
+        }
+        group.spec.join(skeletons)
+        expected |= {key: tuple(t.shape) for key, t in _tensors(skeletons).items()}
+        expected |= {SHARED + key: tuple(t.shape) for key, t in group.spec.shared_to_peft(skeletons).items()}
     _check(tensors, expected, f"adapter '{folder}'")
     start(model, plan, adapter=adapter)
     for path, delta in attached(model).items():
         delta.from_peft({key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.to_peft()})
+    for group, deltas in _by_group(model):
+        group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in group.spec.shared_to_peft(deltas)})
     return model
 
 
@@ -137,7 +145,8 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         return None
     config = {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
               **common, **peft_where(model, list(state.plan))}  # fmt: skip
-    return config, {f"{PREFIX}{path}.{key}": t for path, delta in deltas.items() for key, t in delta.to_peft().items()}
+    shared = state.groups[0].spec.shared_to_peft(deltas)
+    return config, _tensors(deltas) | {SHARED + key: t for key, t in shared.items()}
 
 
 def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -152,7 +161,7 @@ def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "train": [mask.plain() for mask in state.masks],
         "own": sorted(state.start),
     }
-    return config, {PREFIX + name: t for name, t in trained_state(model).items()}
+    return config, {PREFIX + name: t for name, t in trained_state(model).items()} | _shared_by_group(model)
 
 
 def _load_own(
@@ -181,18 +190,44 @@ def _load_own(
         raise UserError(
             f"{what} trains '{missing[0]}', which {model_name(model)} does not have.", nearest=nearest(missing[0], own)
         )
-    wrong = [key for key in tensors if not key.startswith(PREFIX)]
+    numbered = tuple(f"{SHARED}{i}." for i in range(len(groups)))
+    wrong = [key for key in tensors if not key.startswith((PREFIX, *numbered))]
     if wrong:
         raise UserError(f"{what} has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
     masks: list[ParameterSpec] = [build(Train, mask) for mask in config.get("train", [])]
     active = adapters(model)[:1]
     start(model, Planned(groups, masks, set(config.get("own", []))), adapter=adapter)
     try:
-        load_trained_state(model, {key.removeprefix(PREFIX): t for key, t in tensors.items()})
+        load_trained_state(model, {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)})
+        shared = {key: t for key, t in tensors.items() if key.startswith(numbered)}
+        _check(shared, {key: tuple(t.shape) for key, t in _shared_by_group(model).items()}, what)
+        for i, (group, deltas) in enumerate(_by_group(model)):
+            keys = group.spec.shared_to_peft(deltas)
+            group.spec.shared_from_peft(deltas, {key: shared[f"{SHARED}{i}.{key}"] for key in keys})
     except UserError:
         drop(model, active)
         raise
     return model
+
+
+def _by_group(model: nn.Module) -> list[tuple[Group, dict[str, Delta]]]:
+    """Each group with its deltas."""
+    deltas = attached(model)
+    return [(group, {path: deltas[path] for path in group.paths}) for group in adaptation(model).groups]
+
+
+def _tensors(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """The deltas' own tensors by their keys in peft's file."""
+    return {f"{PREFIX}{path}.{key}": t for path, delta in deltas.items() for key, t in delta.to_peft().items()}
+
+
+def _shared_by_group(model: nn.Module) -> dict[str, Tensor]:
+    """What the modules of each group share, by its key in the own format."""
+    return {
+        f"{SHARED}{i}.{key}": t
+        for i, (group, deltas) in enumerate(_by_group(model))
+        for key, t in group.spec.shared_to_peft(deltas).items()
+    }
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

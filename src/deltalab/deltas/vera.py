@@ -48,9 +48,11 @@ class VeRA(DeltaSpec):
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         """One pair of projections, as large as the largest module, for all."""
-        own = [delta.shared for delta in _veras(deltas)]
-        largest = Projections(self.projection_seed, self.r, max(p.in_ for p in own), max(p.out for p in own))
-        for delta in _veras(deltas):
+        own = _veras(deltas)
+        in_, out = max(delta.in_ for delta in own), max(delta.out for delta in own)
+        largest = Projections(self.projection_seed, self.r, in_, out)
+        largest.on(own[0].d.device, own[0].d.dtype)  # drawn now: a compiled forward has no generators
+        for delta in own:
             delta.shared = largest
 
     def to_peft(self) -> dict[str, Any]:
