@@ -23,6 +23,7 @@ VERBS = {
     "preview": "show training samples token by token, with what is learnt from",
     "score": "score every weight of a model on the conversations of tasks, as files",
     "groups": "make groups of weights from scores, combine, compare and describe them",
+    "methods": "print the table of methods, or all about one: deltalab methods LoRA",
     "targets": "list the target names of a model, with counts and presets",
     "report": "build the report of a record again: HTML page, text, JSON, figures",
     "clean": "remove what stopped runs left and finished ones need no more; never results",

@@ -6,6 +6,7 @@ from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
+    from deltalab.core.spec import Spec
     from deltalab.deltas.base import DeltaSpec
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
@@ -25,13 +26,16 @@ def methods() -> dict[str, type["DeltaSpec"]]:
     return {name: getattr(importlib.import_module(module), name) for name, module in METHODS.items()}
 
 
+def specs() -> dict[str, type["Spec"]]:
+    """Everything that may stand in a spec's `adapt` list: the methods, and `Train`."""
+    return {**methods(), **{name: getattr(importlib.import_module(module), name) for name, module in _OTHER.items()}}
+
+
 def any_spec() -> Any:
-    """The type of one entry of a spec's `adapt` list: a union of all methods and `Train`, told apart by `method`."""
+    """The type of one entry of a spec's `adapt` list: a union of all `specs`, told apart by `method`."""
     import pydantic
 
-    from deltalab.deltas.masks import Train
-
-    return Annotated[reduce(or_, [*methods().values(), Train]), pydantic.Field(discriminator="method")]
+    return Annotated[reduce(or_, specs().values()), pydantic.Field(discriminator="method")]
 
 
 def __getattr__(name: str) -> Any:
