@@ -10,7 +10,6 @@ from torch import nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.select import decoder_blocks, leaf, model_name, pattern_matches
-from deltalab.deltas.sites import base_parameters
 
 WHAT = ("full", "bitfit", "norms", "last-n")
 
@@ -30,12 +29,12 @@ class Train(ParameterSpec):
         super().__init__(what=what, **values)  # type: ignore[call-arg]
 
     def parameters(self, model: nn.Module) -> list[str]:
-        names = base_parameters(model)
+        names = [name for name, _ in model.named_parameters()]
         patterns = self.what if isinstance(self.what, list) else [self.what]
         if not patterns:
             raise UserError("Train names no parameters.", nearest=WHAT)
-        chosen = {names[name] for pattern in patterns for name in _named(model, pattern, list(names))}
-        return [name for name in dict.fromkeys(names.values()) if name in chosen]
+        chosen = {name for pattern in patterns for name in _named(model, pattern, names)}
+        return [name for name in names if name in chosen]
 
 
 def _above(name: str) -> list[str]:
