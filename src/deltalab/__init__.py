@@ -14,7 +14,7 @@ _PUBLIC = {
     "deltalab.core.errors": ["UserError"],
     "deltalab.models.load": ["load"],
     "deltalab.models.generate": ["generate"],
-    "deltalab.deltas": ["LoRA", "Train", "VeRA"],
+    "deltalab.deltas": ["LoRA", "AdaLoRA", "Train", "VeRA"],
     "deltalab.deltas.adapt": [
         "adapt",
         "trainable",
@@ -25,9 +25,11 @@ _PUBLIC = {
         "adapters",
         "set_active",
     ],
+    "deltalab.deltas.schedule": ["step", "penalty"],
     "deltalab.deltas.peft_format": ["save_adapter", "load_adapter"],
     "deltalab.deltas.select": ["select"],
     "deltalab.train": ["train"],
+    "deltalab.train.callback": ["TrainerCallback"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_WHERE]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from deltalab.core.spec import Spec
+    from deltalab.deltas.adalora import AdaLoRA as AdaLoRA
     from deltalab.deltas.base import DeltaSpec
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "LoRA": "deltalab.deltas.lora",
+    "AdaLoRA": "deltalab.deltas.adalora",
     "VeRA": "deltalab.deltas.vera",
 }
 """Public name of the spec -> module that holds it. A new method is one file and one line here."""

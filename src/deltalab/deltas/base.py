@@ -113,8 +113,11 @@ class DeltaSpec(Spec, abc.ABC):
         """What is added to the loss, differentiable; None for nothing."""
         return None
 
-    def after_step(self, deltas: Mapping[str, "Delta"], t: int, total: int | None) -> None:
-        """After optimizer step t (1 … total), while the gradients are still there: budgets and schedules."""
+    def after_step(self, deltas: Mapping[str, "Delta"], t: int | None, total: int | None) -> None:
+        """After optimizer step t (1 … total), while the gradients are still there: budgets and schedules.
+
+        t None: the step after the last one, which a method with a schedule keeps among its deltas' buffers.
+        """
 
     def require_ready(self, deltas: Mapping[str, "Delta"]) -> None:
         """Raises: UserError if what would be saved now is not the method (a schedule that never ran)."""

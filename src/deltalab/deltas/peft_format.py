@@ -25,10 +25,11 @@ from deltalab.deltas.attach import attached_to
 from deltalab.deltas.base import Delta, ParameterSpec, WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_config import peft_plan, peft_where
+from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place, places
 from deltalab.deltas.switch import adapters, drop
-from deltalab.deltas.weights import Group, Planned, adaptation, attached, is_adapted
+from deltalab.deltas.weights import Group, Planned, adaptation, attached, grouped, is_adapted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -41,13 +42,19 @@ FORMAT = 2
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapter of `model` into `folder`, atomically; returns the folder.
 
-    Raises: UserError if the model has none, or the folder cannot be written.
+    Raises: UserError if the model has none, it is of a method whose schedule did not run, or the folder cannot be written.
     """
     if not is_adapted(model):
         raise UserError(
             f"{model_name(model)} has no adapter to save.",
             next="deltalab.adapt(model, ...) first, or model.save_pretrained",
         )
+    require_ready(model)
+    return write_adapter(model, folder)
+
+
+def write_adapter(model: nn.Module, folder: str | Path) -> Path:
+    """`save_adapter` of an adapted model in the middle of its training: a method with a schedule may be on its way."""
     config, tensors = _as_peft(model) or _as_own(model)
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     folder = Path(folder)
@@ -93,7 +100,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     start(model, plan, adapter=adapter)
     for path, delta in attached(model).items():
         delta.from_peft({key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.to_peft()})
-    for group, deltas in _by_group(model):
+    for group, deltas in grouped(model):
         group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in group.spec.shared_to_peft(deltas)})
     return model
 
@@ -201,19 +208,13 @@ def _load_own(
         load_trained_state(model, {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)})
         shared = {key: t for key, t in tensors.items() if key.startswith(numbered)}
         _check(shared, {key: tuple(t.shape) for key, t in _shared_by_group(model).items()}, what)
-        for i, (group, deltas) in enumerate(_by_group(model)):
+        for i, (group, deltas) in enumerate(grouped(model)):
             keys = group.spec.shared_to_peft(deltas)
             group.spec.shared_from_peft(deltas, {key: shared[f"{SHARED}{i}.{key}"] for key in keys})
     except UserError:
         drop(model, active)
         raise
     return model
-
-
-def _by_group(model: nn.Module) -> list[tuple[Group, dict[str, Delta]]]:
-    """Each group with its deltas."""
-    deltas = attached(model)
-    return [(group, {path: deltas[path] for path in group.paths}) for group in adaptation(model).groups]
 
 
 def _tensors(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
@@ -225,7 +226,7 @@ def _shared_by_group(model: nn.Module) -> dict[str, Tensor]:
     """What the modules of each group share, by its key in the own format."""
     return {
         f"{SHARED}{i}.{key}": t
-        for i, (group, deltas) in enumerate(_by_group(model))
+        for i, (group, deltas) in enumerate(grouped(model))
         for key, t in group.spec.shared_to_peft(deltas).items()
     }
 

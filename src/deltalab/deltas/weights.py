@@ -81,6 +81,12 @@ def attached(model: nn.Module) -> dict[str, Delta]:
     return {path: delta for path, _, delta in attached_to(model)}
 
 
+def grouped(model: nn.Module) -> list[tuple[Group, dict[str, Delta]]]:
+    """Each group with its deltas, as the joint hooks of its spec want them."""
+    deltas = attached(model)
+    return [(group, {path: deltas[path] for path in group.paths}) for group in adaptation(model).groups]
+
+
 def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter and saved buffer of the base model, as it was loaded."""
     originals = adaptation(model).originals

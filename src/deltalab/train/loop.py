@@ -2,8 +2,9 @@
 
 One optimizer step takes `batch` samples. Its loss is the mean negative log-likelihood over all counted tokens of those
 samples, so cutting the batch into pieces (`accumulate`) or over processes does not change the step: each piece's sum
-is divided by the count of the whole batch. Everything a step depends on (weights, moments, generators, data order,
-learning rate) is in the checkpoint or a pure function of the step, so a resumed run is bitwise the undisturbed one.
+is divided by the count of the whole batch. A method's penalty is added once a step and is not part of the noted loss.
+Everything a step depends on (weights, moments, generators, data order, learning rate) is in the checkpoint or a pure
+function of the step, so a resumed run is bitwise the undisturbed one.
 """
 
 import contextlib
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
+from deltalab.deltas import schedule
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.deltas.weights import is_adapted
 from deltalab.models.precision import require_bfloat16
 from deltalab.train import rng
 from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
@@ -168,13 +171,17 @@ class Loop:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
                 part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece])) / total
-                self.accelerator.backward(part * world)
+                extra = schedule.penalty(self.model) if last and is_adapted(self.model) else None
+                # the penalty is the same in every process, so its average is itself
+                self.accelerator.backward(part * world if extra is None else part * world + extra)
             loss += part.detach()
         norm = self.accelerator.clip_grad_norm_(list(self.names), self.spec.optim.clip or float("inf"))
         value, norm_value = float(self.accelerator.reduce(loss, "sum")), float(norm)
         if not np.isfinite(value) or not np.isfinite(norm_value):
             self._not_finite(value, norm_value)
         self.optimizer.step()
+        if is_adapted(self.model):
+            schedule.step(self.model, self.state.step + 1, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         tokens = sum(self.lengths[i] for i in samples)
@@ -207,12 +214,16 @@ class Loop:
                     self._note(probe.name, {"step": step, **probe.measure(self.model, step)})
 
     def _evaluate(self, shown: Progress) -> None:
-        """The held-out loss: mean over counted tokens. Remembers the best, and stops when patience is out."""
+        """The held-out loss: mean over counted tokens. Remembers the best, and stops when patience is out.
+
+        While a method's schedule runs, no weights are the best: they are not the method's yet.
+        """
         self.prepared.eval()
         size = -(-self.spec.optim.batch // self.spec.optim.accumulate)
         loss, state = mean_nll(self.model, self.held_out, size, self._tensors), self.state
         self._note("eval", {"step": state.step, "loss": loss})
-        better = np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
+        ready = schedule.is_ready(self.model)  # halfway through a schedule there is nothing to end with
+        better = ready and np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
         shown.say(
             f"step {state.step}/{self.steps} · held-out loss {loss:.3f}{' (best)' if better and state.step else ''}"
         )
@@ -220,7 +231,7 @@ class Loop:
             state.best, state.since_best = {"step": state.step, "loss": loss}, 0
             if self.keeps_best and self.on_main:
                 self._keep_best()
-        else:
+        elif ready:
             state.since_best += 1
             patience = self.spec.eval.patience
             state.stopped = patience is not None and state.since_best >= patience

@@ -1,0 +1,246 @@
+"""AdaLoRA: a low-rank change whose rank goes where it matters most.
+
+    y = W x + s · B (Λ (A x)),   s = α / (init_r + 1e-5)      (Zhang et al. 2023, arXiv:2303.10512, eq. 3)
+
+Λ is diagonal. Every module starts with init_r triplets (a row of A, an entry of Λ, a column of B); while training, the
+least important ones of all modules together are taken away, by a budget that falls (`budget`). A penalty keeps A and B
+near orthogonal: ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖, as in peft; the paper squares them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import pydantic
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltalab.core.errors import UserError
+from deltalab.core.shapes import Bool, Float, Int
+from deltalab.core.spec import build
+from deltalab.deltas import budget
+from deltalab.deltas.base import Base, Delta, DeltaSpec, Factors, Site, WeightDelta
+from deltalab.deltas.budget import Schedule
+
+Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+ASIDE = 1e-5
+"""What peft adds to the rank that it divides by."""
+SAME = {"init_r": "init_r", "target_r": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "tinit": "tinit",
+        "tfinal": "tfinal", "delta_t": "deltaT", "orth_reg_weight": "orth_reg_weight", "total_step": "total_step"}  # fmt: skip
+"""Field -> its key in peft's config."""
+
+
+class AdaLoRA(DeltaSpec):
+    """Low-rank adaptation with a budget of ranks, shared by all selected linears. It has a schedule: see `dl.step`.
+
+    init_r: rank of every module at the start. target_r: mean rank at the end. alpha: s = alpha / (init_r + 1e-5).
+    dropout: probability that an entry of the delta's input is dropped in training.
+    tinit, tfinal: optimizer steps before the first and after the last pruning; below one, a fraction of all steps.
+    delta_t: steps from one pruning to the next. betas: of the moving averages of sensitivity and of its variation.
+    orth_reg_weight: weight of the penalty. total_step: all steps; None takes what the training loop knows.
+    rank_pattern: path -> rank, of modules that a loaded file has pruned.
+    """
+
+    method: Literal["adalora"] = "adalora"
+    init_r: int = Field(12, ge=1)
+    target_r: int = Field(8, ge=1)
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    tinit: Steps = 0.1
+    tfinal: Steps = 0.3
+    delta_t: int = Field(1, ge=1)
+    betas: tuple[Decay, Decay] = (0.85, 0.85)
+    orth_reg_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    total_step: int | None = Field(None, ge=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
+
+    peft_type: ClassVar[str | None] = "ADALORA"
+    peft_keys: ClassVar[frozenset[str]] = frozenset(
+        {*SAME.values(), "beta1", "beta2", "rank_pattern", "r", "init_lora_weights"}
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.target_r > self.init_r:
+            raise ValueError(f"target_r {self.target_r} is more than init_r {self.init_r}: ranks only fall")
+        if self.total_step is not None and Schedule.of(self.tinit, self.tfinal, self.total_step) is None:
+            raise ValueError(f"tinit and tfinal leave none of {self.total_step} steps to prune in")
+        return self
+
+    def build(self, site: Site) -> "AdaLoRADelta":
+        rank = self.rank_pattern.get(site.path, self.init_r)
+        return AdaLoRADelta(site, rank, self.alpha / (self.init_r + ASIDE), self.dropout)
+
+    def penalty(self, deltas: Mapping[str, Delta]) -> Float[Tensor, ""] | None:
+        """orth_reg_weight · the mean over all A and B of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖."""
+        if not self.orth_reg_weight:
+            return None
+        frames = [frame for delta in _own(deltas).values() for frame in (delta.A @ delta.A.mT, delta.B.mT @ delta.B)]
+        norms = [torch.linalg.matrix_norm(f - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in frames]
+        return self.orth_reg_weight * torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
+
+    def after_step(self, deltas: Mapping[str, Delta], t: int | None, total: int | None) -> None:
+        """Observe the sensitivities, and prune where the schedule says so; from step total − tfinal on ranks are final.
+
+        Raises: UserError if the number of steps is not known or too small, or the gradients are gone.
+        """
+        own = _own(deltas)
+        before, last_before, total_before = _any(own).clock.tolist()
+        schedule = self._schedule(total, total_before)
+        t = before + 1 if t is None else t
+        if t < schedule.last:
+            if all(delta.E.grad is None for delta in own.values()):
+                raise UserError("AdaLoRA looks at the gradients after a step, and there are none.",
+                                next="call deltalab.step(model) after optimizer.step() and before optimizer.zero_grad()")  # fmt: skip
+            for delta in own.values():
+                budget.observe(delta, self.betas)
+            now = schedule.first < t and t % self.delta_t == 0
+        else:
+            now = not last_before or before < last_before
+        if now:
+            budget.prune(own, self.target_r * len(own), schedule.left(t))
+        for delta in own.values():
+            if now or t >= schedule.last:
+                budget.apply(delta)
+            if t >= schedule.last:
+                budget.forget(delta)
+            delta.clock.copy_(torch.tensor([t, schedule.last, schedule.total]))
+
+    def _schedule(self, total: int | None, known: int) -> Schedule:
+        """Raises: UserError if it does not fit into the steps of the run."""
+        if self.total_step and total and self.total_step > total:
+            raise UserError(
+                f"AdaLoRA's schedule is {self.total_step} steps long, and this training has {total}: it would not end.",
+                next=f"AdaLoRA(total_step={total}), or leave total_step out",
+            )
+        steps = self.total_step or total or known
+        if not steps:
+            raise UserError(
+                "AdaLoRA's schedule needs the number of optimizer steps, and nobody has said it.",
+                next="deltalab.step(model, total=1000), or deltalab.AdaLoRA(total_step=1000)",
+            )
+        found = Schedule.of(self.tinit, self.tfinal, steps)
+        if found is None:
+            raise UserError(
+                f"AdaLoRA has no step to prune in: tinit {self.tinit}, tfinal {self.tfinal}, {steps} steps.",
+                next="lower tinit and tfinal, for example AdaLoRA(tinit=0.1, tfinal=0.3), or train longer",
+            )
+        return found
+
+    def require_ready(self, deltas: Mapping[str, Delta]) -> None:
+        """Raises: UserError if it trained and its schedule did not end: that would be LoRA with a penalty."""
+        own = _own(deltas)
+        t, last, _ = _any(own).clock.tolist()
+        trained = any(not torch.equal(delta.E, delta.start) for delta in own.values())
+        over = sum(len(delta.E) for delta in own.values()) > self.target_r * len(own)
+        done = budget.ended(_any(own)) and not any(delta.E[~delta.mask].any() for delta in own.values())
+        if trained and over and not done:
+            raise UserError(
+                "AdaLoRA was trained, and its schedule did not run to its end: the ranks are not what they should be.",
+                found=f"step {t} of {last}" if last else "a schedule that never began",
+                next="after each optimizer.step() call deltalab.step(model, t, total), or train with deltalab.train, or with transformers.Trainer and a deltalab.TrainerCallback()",
+            )
+
+    def to_peft(self) -> dict[str, Any]:
+        part = {key: getattr(self, field) for field, key in SAME.items()}
+        return {**part, "beta1": self.betas[0], "beta2": self.betas[1], "init_lora_weights": True}
+
+    @classmethod
+    def common_peft(cls, parts: dict[str, dict[str, Any]], deltas: Mapping[str, Delta]) -> dict[str, Any] | None:
+        """The fields have to be the same; the numbers of steps are those of the run, and what was pruned is listed."""
+        config = super().common_peft(parts, deltas)
+        if config is None:
+            return None
+        total = config["total_step"] or max(int(delta.clock[2]) for delta in _own(deltas).values()) or None
+        config = {**config, "total_step": total, "rank_pattern": None}
+        if total:
+            config |= {key: budget.steps(config[key], total) for key in ("tinit", "tfinal")}
+        kept = {path: delta.rows.tolist() for path, delta in _own(deltas).items()}
+        if any(sum(rows) < config["init_r"] for rows in kept.values()):
+            full = {path: rows + [False] * (config["init_r"] - len(rows)) for path, rows in kept.items()}
+            config["rank_pattern"] = {f"{path}.lora_E": rows for path, rows in full.items()}
+        return config
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
+        fields = {field: config[key] for field, key in SAME.items() if config.get(key) is not None}
+        init_r = fields.get("init_r", 12)
+        fields |= {"betas": (config.get("beta1", 0.85), config.get("beta2", 0.85)), "targets": paths, "init_r": init_r}
+        fields["target_r"] = min(fields.get("target_r", 8), init_r)  # peft's default is 8, whatever init_r is
+        fields["tinit"], fields["tfinal"] = fields.get("tinit", 0), fields.get("tfinal", 0)
+        fields["rank_pattern"] = {}
+        for name, rows in (config.get("rank_pattern") or {}).items():
+            path = name.removesuffix(".default").removesuffix(".lora_E")
+            if path not in paths or not isinstance(rows, list) or len(rows) != init_r:
+                raise UserError(f"the adapter's rank_pattern for '{name}' does not fit.", found=str(rows)[:60],
+                                next=f"it should name a target of the adapter and list {init_r} times true or false")  # fmt: skip
+            fields["rank_pattern"][path] = sum(rows)
+        return build(cls, fields, "the adapter's config")
+
+
+class AdaLoRADelta(WeightDelta):
+    """ΔW = s · B diag(E) A. E (r, 1) is the diagonal of Λ, as peft keeps it. Buffers: see `budget.register`."""
+
+    A: Float[nn.Parameter, "r in"]
+    B: Float[nn.Parameter, "out r"]
+    E: Float[nn.Parameter, "r 1"]
+    mask: Bool[Tensor, " r"]
+    clock: Int[Tensor, "3"]
+    start: Float[Tensor, "r 1"]
+
+    def __init__(self, site: Site, r: int, s: float, dropout: float) -> None:
+        super().__init__()
+        out, in_ = site.shape
+        self.s = s
+        for name, shape in (("A", (r, in_)), ("E", (r, 1)), ("B", (out, r))):
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=site.dtype, device=site.device)))
+        budget.register(self)
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def init(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for frame in (self.A, self.B):
+                frame.copy_(0.02 * torch.randn(frame.shape, generator=generator, dtype=frame.dtype))
+            self.E.zero_()
+
+    def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
+        y = base(x)
+        low = F.linear(self.drop(x), (self.E * self.A).to(x.dtype))  # (*lead, r)
+        return y + (self.s * F.linear(low, self.B.to(low.dtype))).to(y.dtype)
+
+    def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        return W + self.change(W)
+
+    def change(self, W: Tensor) -> Float[Tensor, "out in"]:
+        return self.kept(self.s * self.B @ (self.E * self.A))
+
+    def factors(self) -> Factors:
+        return Factors(self.E * self.A, self.B, self.s)
+
+    @property
+    def rows(self) -> Bool[Tensor, " r"]:
+        """The triplets that a file keeps: what the last pruning left, once it was the final one."""
+        return self.mask if budget.ended(self) else torch.ones_like(self.mask)
+
+    def to_peft(self) -> dict[str, Tensor]:
+        if self.mask.is_meta or bool(self.rows.all()):
+            return {"lora_A": self.A, "lora_B": self.B, "lora_E": self.E}
+        return {"lora_A": self.A[self.rows], "lora_B": self.B[:, self.rows], "lora_E": self.E[self.rows]}
+
+    def from_peft(self, tensors: dict[str, Tensor]) -> None:
+        super().from_peft(tensors)
+        self.start.copy_(self.E.detach())
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.E)}, s={self.s:g}"
+
+
+def _own(deltas: Mapping[str, Delta]) -> Mapping[str, AdaLoRADelta]:
+    return cast(Mapping[str, AdaLoRADelta], deltas)
+
+
+def _any(own: Mapping[str, AdaLoRADelta]) -> AdaLoRADelta:
+    """The clocks of one group go alike."""
+    return next(iter(own.values()))
