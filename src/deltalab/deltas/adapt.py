@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
-from deltalab.deltas.attach import attach, attached_to, detach, let_checkpoints_backpropagate, stop_marking
+from deltalab.deltas.attach import attach, detach
 from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, Start, WeightDelta
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name, select
@@ -156,8 +156,6 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
             parameter.requires_grad_(name in names)
         for group in groups:
             _put(model, state, group, fresh)
-        if groups:
-            let_checkpoints_backpropagate(model)
     except BaseException:  # a mistake, out of memory, or interrupted
         drop(model, active)
         raise
@@ -251,19 +249,18 @@ def merged(model: nn.Module) -> nn.Module:
         where.module.register_parameter(
             where.name, nn.Parameter(value.contiguous(), requires_grad=where.parameter.requires_grad)
         )
-    stop_marking(plain)
     forget(plain, state)
     return plain
 
 
 def trainable(model: nn.Module) -> Trainable:
     """What trains in `model`, by kind of delta (or `own` for the model's own parameters) and module name."""
-    owners = {f"{name}.": (path, delta) for path, name, delta in attached_to(model)}
+    owners = {id(p): (path, delta) for path, delta in attached(model).items() for p in delta.parameters()}
     kinds: Counter[tuple[str, str]] = Counter()
     modules: dict[tuple[str, str], set[str]] = {}
     total = 0
     for name, parameter in model.named_parameters():
-        found = next((owner for prefix, owner in owners.items() if name.startswith(prefix)), None)
+        found = owners.get(id(parameter))
         total += parameter.numel() if found is None else 0
         if parameter.requires_grad:
             path = name.rpartition(".")[0] if found is None else found[0]

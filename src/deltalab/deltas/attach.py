@@ -10,20 +10,18 @@ The module keeps its place, its parameters, their names and ties, so state-dict 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import Base, Delta, WeightDelta
-from deltalab.deltas.select import stacks
 from deltalab.deltas.sites import ExpertDeltas, Place
 
 
 class Adapted(nn.Module):
-    """Mixed in before the class of a linear or an embedding; `adapts` is that class."""
+    """Mixed in before `adapts`, the class of a linear, or before nn.Embedding under a class derived from it."""
 
     adapts: ClassVar[type[nn.Module]]
     delta: Delta
@@ -32,8 +30,6 @@ class Adapted(nn.Module):
         delta = self.delta
         if not delta.enabled:
             return super().forward(x)
-        if isinstance(self, nn.Embedding):
-            return _scaled(self, x, delta)
         base = Base(super().forward, self)
         return delta(x, base) if delta.keep is None else delta.masked(x, base)  # type: ignore[attr-defined]
 
@@ -69,17 +65,33 @@ class AdaptedExperts(nn.Module):
 
 @functools.cache
 def adapted_class(cls: type[nn.Module], shows: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The subclass of a module's class that asks its delta; the same one each time. shows: the experts' parameters."""
+    """The subclass of a module's class that asks its delta; the same one each time. shows: the experts' parameters.
+
+    An embedding of a class of its own (scaled, with an offset) asks where that class looks up its rows, so whatever it
+    does before and after is done to the adapted rows too.
+    """
+    bases: tuple[type[nn.Module], ...] = (Adapted, cls)
     body: dict[str, Any] = {"adapts": cls, "__doc__": cls.__doc__}
-    if not shows:
-        return type(f"Adapted{cls.__name__}", (Adapted, cls), body)
-    body |= {"shows": shows, **{name: property(functools.partial(_shown, name)) for name in shows}}
-    return type(f"Adapted{cls.__name__}", (AdaptedExperts, cls), body)
+    if shows:
+        bases = (AdaptedExperts, cls)
+        body |= {"shows": shows, **{name: property(functools.partial(_shown, name)) for name in shows}}
+    elif issubclass(cls, nn.Embedding) and cls is not nn.Embedding:
+        bases = (cls, adapted_class(nn.Embedding))
+    return type(f"Adapted{cls.__name__}", bases, body)
 
 
 def attach(place: Place, delta: Delta) -> None:
-    """Put `delta` on a place. Raises: UserError for an embedding whose forward is not understood."""
+    """Put `delta` on a place.
+
+    Raises: UserError for a module whose forward is not its class's, or an embedding that looks up rows in its own way.
+    """
     module = place.module
+    if "forward" in module.__dict__:
+        raise UserError(
+            f"the forward of a {type(module).__name__} was replaced, so a delta there would not be asked.",
+            found="some tools do that to move weights between devices (`device_map`) or to trace",
+            next="adapt the model before they do, or load it on one device",
+        )
     delta.train(module.training)
     if place.kind == "experts":
         if not isinstance(module, AdaptedExperts):
@@ -88,9 +100,9 @@ def attach(place: Place, delta: Delta) -> None:
         cls = getattr(type(module), "adapts", type(module))
         module.__class__ = adapted_class(cls, tuple(module.delta))  # type: ignore[arg-type]
         return
-    if place.kind == "embedding" and _embeds_its_own_way(module):
+    if place.kind == "embedding" and not _looks_up_as_usual(type(module)):
         raise UserError(
-            f"{type(module).__name__} does more than look up a row, so no delta goes there.",
+            f"{type(module).__name__} does not look up rows as nn.Embedding does, so no delta goes there.",
             next="leave the embeddings out, or train them themselves: Train('embed_tokens')",
         )
     module.add_module("delta", delta)
@@ -103,6 +115,14 @@ def detach(module: nn.Module) -> None:
     del module._modules["delta"]
 
 
+def delta_on(place: Place) -> Delta | None:
+    """The delta that a place has, if any."""
+    module = place.module
+    if isinstance(module, AdaptedExperts):
+        return cast("Delta | None", module.delta._modules.get(place.name))
+    return module.delta if isinstance(module, Adapted) else None
+
+
 def attached_to(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
     """(path of the weight, name of the delta among the model's modules, delta), in model order."""
     for name, module in model.named_modules():
@@ -113,63 +133,17 @@ def attached_to(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
                 yield f"{name}.{key}", f"{name}.delta.{key}", cast(Delta, delta)
 
 
-def let_checkpoints_backpropagate(model: nn.Module) -> None:
-    """Make re-entrant gradient checkpointing work over frozen embeddings.
-
-    It drops the gradients of a block none of whose inputs needs any, which is the case of the first block when only
-    deltas train. A hook marks the embeddings' output while checkpointing is on, and costs nothing otherwise.
-    """
-    embeddings = _embeddings(model)
-    if embeddings is not None:
-        blocks = next(iter(stacks(model).values()))
-        embeddings.register_forward_hook(functools.partial(_mark, blocks))
-
-
-def stop_marking(model: nn.Module) -> None:
-    """Undo `let_checkpoints_backpropagate`."""
-    embeddings = _embeddings(model)
-    if embeddings is not None:
-        hooks = embeddings._forward_hooks
-        for key in [k for k, h in hooks.items() if isinstance(h, functools.partial) and h.func is _mark]:
-            del hooks[key]
-
-
 def _shown(name: str, experts: nn.Module) -> Tensor:
     """What a parameter of adapted experts reads as: the adapted weight inside their forward, itself outside."""
     shown: dict[str, Tensor] = experts.__dict__.get("_shown", {})
     return shown[name] if name in shown else cast(Tensor, experts._parameters[name])
 
 
-def _embeds_its_own_way(embedding: nn.Module) -> bool:
-    plain = type(embedding).forward is nn.Embedding.forward
-    return not plain and getattr(embedding, "embed_scale", None) is None
-
-
-def _scaled(embedding: nn.Embedding, ids: Tensor, delta: Delta) -> Tensor:
-    """An embedding's adapted row, times the constant that some models (gemma) multiply it with."""
-    base = Base(functools.partial(nn.Embedding.forward, embedding), embedding)
-    rows = delta(ids, base) if delta.keep is None else delta.masked(ids, base)  # type: ignore[attr-defined]
-    scale = getattr(embedding, "embed_scale", None)
-    return rows if scale is None else rows * torch.as_tensor(scale).to(embedding.weight.dtype)
-
-
-def _mark(blocks: nn.ModuleList, _module: nn.Module, _args: Any, output: Tensor) -> None:
-    block: Any = blocks[0]
-    if (
-        block.training
-        and getattr(block, "gradient_checkpointing", False)
-        and torch.is_grad_enabled()
-        and output.is_leaf
-    ):
-        output.requires_grad_(True)
-
-
-def _embeddings(model: nn.Module) -> nn.Module | None:
-    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    try:
-        return get() if get else None
-    except NotImplementedError:
-        return None
+def _looks_up_as_usual(cls: type[nn.Module]) -> bool:
+    """Whether a class of embeddings leaves the look-up to nn.Embedding's forward, where the delta is asked."""
+    own = [c.__dict__["forward"] for c in cls.__mro__[: cls.__mro__.index(nn.Embedding)] if "forward" in c.__dict__]
+    named = [getattr(forward, "__code__", None) for forward in own]
+    return all(code is not None and {"super", "forward"} <= set(code.co_names) for code in named)
 
 
 def _blank(cls: type[nn.Module], shows: tuple[str, ...] = ()) -> nn.Module:

@@ -9,7 +9,7 @@ structure of the blocks, so they never take embeddings or the output layer; expe
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,17 +58,18 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
     """
     there = places(model)
     blocks = layer_numbers(model, layers)
+    lists = list(stacks(model)) if blocks is not None else []
     chosen: set[str] = set()
     for target in _split(targets):
         found = _preset(model, target, there) if target in PRESETS else _match(model, target, there)
         if blocks is not None:
-            inside = {name for name in found if layer_of(model, name) in blocks}
+            inside = {name for name in found if _index(lists, name) in blocks}
             if found and not inside:
                 raise UserError(f"target '{target}' matches no linear in layers {sorted(blocks)} of {_called(model)}.",
                                 found=f"it matches {len(found)} elsewhere: {', '.join(sorted(found)[:3])}")  # fmt: skip
             found = inside
         chosen |= found
-    _refuse_tied(model, chosen)
+    _refuse_tied(there, chosen)
     kinds = {name: str(there[name].kind) for name in there if name in chosen}
     count = sum(place.kind == "linear" or place.kind in kinds.values() for place in there.values())
     return Selection(list(kinds), model_name(model), count, kinds)
@@ -113,10 +114,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def layer_of(model: nn.Module, name: str) -> int | None:
     """The index of the block that a path lies in, in its own stack, or None outside the blocks."""
-    for stack in stacks(model):
-        if name.startswith(stack + "."):
-            return int(name[len(stack) + 1 :].split(".")[0])
-    return None
+    return _index(stacks(model), name)
 
 
 def layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> set[int] | None:
@@ -178,6 +176,14 @@ def _called(model: nn.Module) -> str:
     inside = [m for _, m in base_modules(model) if isinstance(m, nn.ModuleList)]
     layers = f"{len(decoder_blocks(model)[1])} layers, " if inside else ""
     return f"{model_name(model)} ({layers}{len(linears(model))} linears)"
+
+
+def _index(stacks: Iterable[str], name: str) -> int | None:
+    """The index of the block that a path lies in, in the one of these lists that it lies in."""
+    for stack in stacks:
+        if name.startswith(stack + "."):
+            return int(name[len(stack) + 1 :].split(".")[0])
+    return None
 
 
 def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -243,9 +249,8 @@ def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:
                     next=f"one of the presets: {'  '.join(PRESETS)}\n  {_see(model)}")  # fmt: skip
 
 
-def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:
+def _refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
     """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
-    there = places(model)
     owners: dict[int, list[str]] = {}
     for name, place in there.items():
         owners.setdefault(id(place.parameter), []).append(name)

@@ -108,11 +108,14 @@ def expert_weights(module: nn.Module) -> list[str]:
 
 
 def stacked_parameters(model: nn.Module) -> dict[str, torch.Size]:
-    """Every 3-D parameter of a module that is no convolution, by name, whether its orientation is known or not."""
+    """Every parameter that may hold several weight matrices, by name, whether its orientation is known or not.
+
+    3-D, of a module that is no convolution, and no vector or depthwise kernel in a 3-D shape: (1, 1, n) and (n, 1, k).
+    """
     return {
         f"{path}.{name}": p.shape
         for path, module in base_modules(model)
         if not isinstance(module, nn.modules.conv._ConvNd)
         for name, p in module._parameters.items()
-        if isinstance(p, Tensor) and p.ndim == 3
+        if isinstance(p, Tensor) and p.ndim == 3 and 1 not in p.shape[1:]
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.attach import attach, attached_to, detach, let_checkpoints_backpropagate, stop_marking
+from deltalab.deltas.attach import attach, attached_to, detach
 from deltalab.deltas.base import Delta
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
@@ -84,8 +84,6 @@ def bring_back(model: nn.Module, adapter: str) -> None:
     for path, delta in parked.deltas.items():
         where = place(model, path)
         attach(where, delta.to(where.parameter.device))
-    if parked.deltas:
-        let_checkpoints_backpropagate(model)
     ignore_on_save(model)
 
 
@@ -104,7 +102,6 @@ def take_off(model: nn.Module) -> None:
     originals = adaptation(model).originals
     for module in {id(m): m for m in (place(model, path).module for path in attached(model))}.values():
         detach(module)
-    stop_marking(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in originals:

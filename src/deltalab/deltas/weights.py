@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
-from deltalab.deltas.attach import attached_to
+from deltalab.deltas.attach import attached_to, delta_on
 from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, shape_of, wide
 from deltalab.deltas.select import model_name
-from deltalab.deltas.sites import Place, base_modules, places
+from deltalab.deltas.sites import Place, base_modules, place, places
 
 STATE = "_deltalab"
 """Attribute of an adapted model that holds its `Adaptation`; deepcopied with the model."""
@@ -151,14 +151,14 @@ def delta_entries(model: nn.Module, path: str, index: Int[Tensor, " k"]) -> Floa
 def _place(model: nn.Module, path: str) -> Place:
     """The weight at `path`, whether a delta can sit on it or not."""
     name = path.removesuffix(".weight")
-    modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
-    if name in modules:
-        return Place(modules[name], "weight", "linear")
-    found = places(model)
-    if name not in found:
-        raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, [*modules, *found]),
+    try:
+        return place(model, name)
+    except UserError:
+        modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
+    if name not in modules:
+        raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, [*modules, *places(model)]),
                         next=f"see every name: deltalab targets {model_name(model)}")  # fmt: skip
-    return found[name]
+    return Place(modules[name], "weight", "linear")
 
 
 def _shape(model: nn.Module, path: str) -> tuple[int, ...]:
@@ -170,12 +170,14 @@ def _look(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, WeightDel
     """(W, W₀ on its device if W is not what was loaded, the delta on it if any) of the weight at `path`."""
     held = _place(model, path)
     W, original = held.W.detach(), None
-    originals = adaptation(model).originals
-    if originals:
-        name = next((n for n, p in model.named_parameters() if p is held.parameter), "")  # a tied weight has one name
-        if name in originals:
-            original = held.oriented(originals[name].to(W.device))
-    delta = attached(model).get(path.removesuffix(".weight"))
+    originals, name = adaptation(model).originals, path.removesuffix(".weight")
+    own = held.parameter
+    names = [n for n in (f"{name}.weight", name) if n in originals]
+    names = names or [n for n, t in originals.items() if t.shape == own.shape]  # a tied weight goes by another name
+    found = next((n for n in names if model.get_parameter(n) is own), None)
+    if found is not None:
+        original = held.oriented(originals[found].to(W.device))
+    delta = delta_on(held)
     if delta is not None and not isinstance(delta, WeightDelta):
         raise UserError(
             f"the delta on '{path}' depends on the input, so it is no change of the weight.",
