@@ -96,8 +96,8 @@ def test_pickles_are_not_read(folder):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("bias", "all"), ("modules_to_save", ["lm_head"]), ("lora_bias", True), ("trainable_token_indices", [1]),
-     ("target_parameters", ["x"]), ("layer_replication", [[0, 1]]), ("from_the_future", 3), ("use_qalora", True)],
+    [("lora_bias", True), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]), ("from_the_future", 3),
+     ("use_qalora", True)],
 )  # fmt: skip
 def test_options_that_are_not_supported(folder, option, value):
     with_config(folder, **{option: value})
@@ -112,7 +112,6 @@ def test_options_that_are_not_supported(folder, option, value):
         ({"r": None}, "no r"),
         ({"r": -1}, "r: "),
         ({"r": 4}, r"expected \(4, 32\)"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
         ({"target_modules": ["q_proj", "qq_proj"]}, "'qq_proj' matches no linear"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"missing, the first '.*o_proj"),
         ({"target_modules": "nothing"}, "match no linear"),
@@ -120,6 +119,11 @@ def test_options_that_are_not_supported(folder, option, value):
         ({"layers_to_transform": [0]}, "not expected"),
         ({"layers_to_transform": [7]}, "layers"),
         ({"exclude_modules": "model.*"}, "match no linear"),
+        ({"modules_to_save": ["lm_haed"]}, r"(?s)'lm_haed'.*does not have.*nearest: lm_head"),
+        ({"modules_to_save": ["lm_head"]}, r"1 missing, the first 'base_model.model.lm_head.weight'"),
+        ({"modules_to_save": ["v_proj"]}, r"missing, the first '.*layers.0.self_attn.v_proj.weight'; .*not expected"),
+        ({"target_parameters": ["up_projs"]}, r"'up_projs', which is no parameter"),
+        ({"target_parameters": ["lm_head.weight"]}, r"(?s)holds experts.*lm_head.weight"),
     ],
 )
 def test_configs_that_do_not_fit(folder, changes, match):
@@ -174,7 +178,7 @@ def test_a_failed_save_leaves_the_old_adapter(folder, monkeypatch):
 
 SPECS = {
     "masked": dl.LoRA(r=2, targets="attention"),
-    "with norms": [dl.LoRA(r=2), dl.Train("norms")],
+    "with the weights below": [dl.LoRA(r=2), dl.Train(["v_proj", "model.norm"])],
     "own weights": dl.Train(["self_attn"]),
     "two dropouts": [dl.LoRA(r=2, targets=["q_proj"]), dl.LoRA(r=2, dropout=0.1, targets=["v_proj"])],
 }
@@ -201,7 +205,7 @@ def test_what_peft_cannot_say_comes_back_and_peft_refuses_it(kind, tmp_path):
 
 def test_our_own_format_is_checked_as_strictly(tmp_path):
     folder = tmp_path / "out"
-    saved("with norms", folder)
+    saved("with the weights below", folder)
     whole = load_file(folder / "adapter_model.safetensors")
     norm = "base_model.model.model.norm.weight"
     save_file({k: v for k, v in whole.items() if k != norm}, folder / "adapter_model.safetensors")

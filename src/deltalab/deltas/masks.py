@@ -1,6 +1,6 @@
 """Parameter masks: which of the model's own parameters train. Single entries of a matrix: see `deltalab.deltas.freeze`.
 
-    y = W x + c,   W or c or both as trained      (biases alone: Ben Zaken et al. 2021, arXiv:2106.10199)
+y = W x + c,   W or c or both as trained      (biases alone: Ben Zaken et al. 2021, arXiv:2106.10199)
 """
 
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from torch import nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.select import decoder_blocks, leaf, model_name, pattern_matches
+from deltalab.deltas.sites import base_parameters
 
 WHAT = ("full", "bitfit", "norms", "last-n")
 
@@ -29,12 +30,12 @@ class Train(ParameterSpec):
         super().__init__(what=what, **values)  # type: ignore[call-arg]
 
     def parameters(self, model: nn.Module) -> list[str]:
-        names = [name for name, _ in model.named_parameters()]
+        names = base_parameters(model)
         patterns = self.what if isinstance(self.what, list) else [self.what]
         if not patterns:
             raise UserError("Train names no parameters.", nearest=WHAT)
-        chosen = {name for pattern in patterns for name in _named(model, pattern, names)}
-        return [name for name in names if name in chosen]
+        chosen = {names[name] for pattern in patterns for name in _named(model, pattern, list(names))}
+        return [name for name in dict.fromkeys(names.values()) if name in chosen]
 
 
 def _above(name: str) -> list[str]:

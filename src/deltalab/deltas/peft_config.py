@@ -13,14 +13,24 @@ from transformers.pytorch_utils import Conv1D
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas import methods
 from deltalab.deltas.base import DeltaSpec
+from deltalab.deltas.masks import Train
+from deltalab.deltas.peft_own import own_keys, saved_names
 from deltalab.deltas.select import layer_numbers, leaf, model_name, select
-from deltalab.deltas.sites import linears
+from deltalab.deltas.sites import Place, base_modules, base_parameters, places
 from deltalab.deltas.weights import Group, Planned
 
 ABOUT = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
-         "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "eva_config"}  # fmt: skip
+         "megatron_core", "qalora_group_size", "runtime_config", "eva_config"}  # fmt: skip
 """Keys that say nothing about what is computed, or only beside another option that is refused."""
-WHERE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"}
+WHERE = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+         "fan_in_fan_out", "modules_to_save", "bias"}  # fmt: skip
+FUSED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Linears that a mixture's experts were made of in transformers 4: LoRA's loader in peft takes these names for experts."""
+
+UNMERGEABLE = {
+    "use_qalora": "peft multiplies the mean over a group by the number of groups, and cannot merge the result"
+}
+"""Options that even peft cannot turn into weights, with what they mean."""
 
 
 def is_peft(value: Any) -> bool:
@@ -29,18 +39,20 @@ def is_peft(value: Any) -> bool:
 
 
 def peft_plan(model: nn.Module, config: dict[str, Any], *, fresh: bool = False) -> Planned:
-    """What peft would do to `model` by this config. fresh: the adapter is new, so its start counts too.
+    """What peft would do to `model` by this config. fresh: the adapter is new, and no config of it was saved.
 
     Raises: UserError for an unknown type, an unsupported option, or targets that match nothing.
     """
     method = method_of(config)
     check_options(config, method)
-    if fresh and config.get("init_lora_weights", True) is not True:
+    if fresh and config.get("target_modules") is None and config.get("target_parameters"):
         raise UserError(
-            f"init_lora_weights={config['init_lora_weights']!r} is not supported for a new adapter.", nearest=["True"]
+            "target_parameters alone leaves to peft which linears are adapted besides.",
+            next="say target_modules too; target_modules=[] is none",
         )
-    paths = peft_targets(model, config)
-    return Planned([Group(method.from_peft(config, paths), paths)], [], set())
+    paths = peft_targets(model, config, method)
+    own = list(dict.fromkeys(own_keys(model, config, paths).values()))
+    return Planned([Group(method.from_peft(config, paths), paths)], [Train(own)] if own else [], set(own))
 
 
 def method_of(config: dict[str, Any]) -> type[DeltaSpec]:
@@ -60,71 +72,130 @@ def check_options(config: dict[str, Any], method: type[DeltaSpec]) -> None:
     faults = []
     for key, value in sorted(config.items()):
         if key == "bias":
-            refused = value != "none"
+            refused = value != "none" and key not in method.peft_keys
         elif key in ABOUT | WHERE | method.peft_keys or value in (None, False, "", 0) or value == {} or value == []:
             refused = False
         else:
             refused = True
         if refused:
             faults.append(f"{key}={value!r}")
+    why = [reason for key, reason in UNMERGEABLE.items() if config.get(key)]
+    if why:
+        raise UserError(f"the adapter uses {', '.join(faults)}, which is not supported.", found=why[0],
+                        next="train one that merges: see deltalab methods")  # fmt: skip
     if faults:
         raise UserError(f"the adapter uses {', '.join(faults)}, which is not supported.",
                         next="merge it into its base model with peft, and load the result")  # fmt: skip
 
 
-def peft_targets(model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """The linears that peft adapts under this config: a string is a regular expression, a list holds path endings.
+def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpec]) -> list[str]:
+    """The weights that peft adapts under this config, in model order.
 
-    Raises: UserError if nothing matches, or one name of a list does not.
+    Raises: UserError if nothing matches, one name of a list does not, or what matches is no place for a delta.
     """
-    there = linears(model)
-    wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
+    places_ = places(model)
+    there = [path for path, where in places_.items() if where.kind != "experts"]
+    wanted = config.get("target_modules")
+    if wanted == "all-linear" and len(there) < len(places_):
+        raise UserError(
+            f"target_modules='all-linear' means experts and routers too in some mixtures, {model_name(model)} among them perhaps.",
+            next="name the linears, and the experts in target_parameters",
+        )
+    stacked = _parameters(model, config, places_)
+    if stacked and "experts" not in method.peft_on:
+        raise UserError(f"target_parameters of peft_type {method.peft_type!r} are not supported.", nearest=["LORA"])
     if wanted is None:
-        return select(model, "q,v").names
-    if isinstance(wanted, str) and wanted != "all-linear":
-        found = [path for path in there if _regex(wanted, path)]
+        wanted = [] if config.get("target_parameters") else select(model, "q,v").names
     elif wanted == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [path for path, module in there.items() if module is not output]
-    else:
-        ends = {name: [p for p in there if p == name or p.endswith("." + name)] for name in sorted(wanted)}
-        for name, paths in ends.items():
-            if not paths:
+        wanted = [p for p in there if places_[p].kind == "linear" and places_[p].module is not output]
+    elif not isinstance(wanted, str):
+        for name in sorted(wanted):
+            if not any(_ends(path, name) for path in there):
                 raise UserError(f"the adapter's target '{name}' matches no linear of {model_name(model)}.",
                                 nearest=nearest(leaf(name), {leaf(p) for p in there}), next="load it on the model that it was trained on")  # fmt: skip
-        found = [path for path in there if any(path in paths for paths in ends.values())]
+    layers = config.get("layers_to_transform")
     if layers not in (None, []):
-        numbers = layer_numbers(model, [layers] if isinstance(layers, int) else layers) or set()
-        found = [path for path in found if _layer(path, config.get("layers_pattern")) in numbers]
-    excluded = config.get("exclude_modules")
-    if isinstance(excluded, str):
-        found = [path for path in found if not _regex(excluded, path)]
-    elif excluded:
-        found = [path for path in found if not any(path == name or path.endswith("." + name) for name in excluded)]
+        layer_numbers(model, [layers] if isinstance(layers, int) else layers)  # refuses those that are not there
+    chosen = {**config, "target_modules": wanted}
+    found = [path for path in places_ if path in stacked or (path in there and _takes(chosen, path))]
     if not found:
         raise UserError(
             f"the adapter's targets match no linear of {model_name(model)}.",
-            found=f"target_modules={wanted!r}, layers_to_transform={layers!r}",
+            found=f"target_modules={config.get('target_modules')!r}, layers_to_transform={layers!r}",
         )
     select(model, found)  # refuses tied weights by name
     return found
 
 
-def peft_where(model: nn.Module, paths: list[str]) -> dict[str, Any]:
-    """`target_modules` and `layers_to_transform` that name exactly these linears: short names where they do, else paths."""
-    kind: dict[str, Any] = {"fan_in_fan_out": any(isinstance(linears(model)[p], Conv1D) for p in paths)}
-    short = sorted({leaf(path) for path in paths})
-    layers = sorted({number for path in paths if (number := _layer(path, None)) is not None})
-    for where in (
-        {"target_modules": short, "layers_to_transform": None},
-        {"target_modules": short, "layers_to_transform": layers},
-    ):
-        try:
-            if set(peft_targets(model, where)) == set(paths):
-                return {**where, **kind}
-        except UserError:
-            continue
-    return {"target_modules": paths, "layers_to_transform": None, **kind}
+def peft_where(
+    model: nn.Module, paths: list[str], method: type[DeltaSpec], part: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The keys of a config by which peft adapts exactly these weights: short names where they do, else whole paths.
+
+    part: what the config says already. None where there are no such keys.
+    """
+    there = places(model)
+    stacked = {path for path in paths if there[path].kind == "experts"}
+    plain = [path for path in paths if path not in stacked]
+    mixture = any(where.kind == "experts" for where in there.values())
+    if mixture and method.peft_type == "LORA" and FUSED & {leaf(path) for path in plain}:
+        return None
+    transposed = any(isinstance(there[path].module, Conv1D) for path in plain)
+    modules = [path for path, _ in base_modules(model)]
+    layers = sorted({number for path in plain if (number := _layer(path, None)) is not None})
+    short = sorted({leaf(path) for path in plain})
+    where: list[dict[str, Any]] = [{"target_modules": short}, {"target_modules": short, "layers_to_transform": layers},
+             {"target_modules": plain}, {"target_modules": "|".join(map(re.escape, plain))}]  # fmt: skip
+    takes = (w for w in where if not w.keys() & method.peft_lacks)
+    found = next((w for w in takes if {m for m in modules if _takes({**part, **w}, m)} == set(plain)), None)
+    ends = (sorted({leaf(path) for path in stacked}), sorted(stacked))
+    names = base_parameters(model)
+    parameters = next((e for e in ends if {n for n in names if any(_ends(n, t) for t in e)} == stacked), None)
+    if found is None or parameters is None or (stacked and transposed):
+        return None
+    return {**found, "fan_in_fan_out": transposed} | ({"target_parameters": parameters} if stacked else {})
+
+
+def _parameters(model: nn.Module, config: dict[str, Any], there: dict[str, Place]) -> set[str]:
+    """The parameters that `target_parameters` names. Raises: UserError for one that is not there or holds no experts."""
+    found: set[str] = set()
+    names = base_parameters(model)
+    for target in config.get("target_parameters") or []:
+        matched = {name for name in names if _ends(name, target)}
+        other = sorted(name for name in matched if name not in there)
+        if other or not matched:
+            raise UserError(
+                f"target_parameters names '{target}', which is no parameter of {model_name(model)} that holds experts.",
+                found=other[0] if other else "",
+                nearest=[leaf(path) for path, where in there.items() if where.kind == "experts"][:2],
+            )
+        found |= matched
+    return found
+
+
+def _takes(config: dict[str, Any], path: str) -> bool:
+    """Whether peft adapts a module of this path: a string is a regular expression, a list holds endings of paths."""
+    wanted, excluded, layers = (
+        config["target_modules"],
+        config.get("exclude_modules"),
+        config.get("layers_to_transform"),
+    )
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved_names(config)):
+        return False
+    if _regex(excluded, path) if isinstance(excluded, str) else any(_ends(path, name) for name in excluded or []):
+        return False
+    if isinstance(wanted, str):
+        return _regex(wanted, path)
+    if layers is None or layers == []:
+        return any(_ends(path, name) for name in wanted)
+    number = _layer(path, config.get("layers_pattern"))
+    inside = number == layers if isinstance(layers, int) else number in layers
+    return inside and any(_ends(path, name) for name in wanted)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
 
 
 def _regex(pattern: str, path: str) -> bool:

@@ -1,13 +1,14 @@
 """Adapters on disk, in Hugging Face peft's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What peft can say is written so that peft loads it. What it cannot (a delta with frozen entries, the model's own
-trained parameters, two kinds of delta) is written with `peft_type` DELTALAB, which peft refuses: a loader that ignored
+What peft can say is written so that peft loads it. What it cannot (a delta with frozen entries, own parameters that are
+no whole modules, two kinds of delta) is written with `peft_type` DELTALAB, which peft refuses: a loader that ignored
 the mask would run another model. Reading is strict: every key has to be there, with its shape, and no other.
 Nothing is unpickled.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from deltalab.core.spec import build
 from deltalab.deltas import methods
 from deltalab.deltas.adapt import start
 from deltalab.deltas.attach import attached_to
-from deltalab.deltas.base import Delta, ParameterSpec, WeightDelta
+from deltalab.deltas.base import ParameterSpec, WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_config import peft_plan, peft_where
+from deltalab.deltas.peft_own import embeddings, other_vocabulary, own_keys, own_to_peft, own_values, wrapped
 from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.select import model_name
-from deltalab.deltas.sites import place, places
+from deltalab.deltas.sites import expert_weights, place, places
 from deltalab.deltas.switch import adapters, drop
 from deltalab.deltas.weights import Group, Planned, adaptation, attached, grouped, is_adapted
 
@@ -37,6 +39,8 @@ SHARED = "base_model."
 """Before the keys of tensors that modules share; in the own format a group's number follows, for there are several."""
 OWN_TYPE = "DELTALAB"
 FORMAT = 2
+AGAIN = re.compile(r"\.(original_module|modules_to_save)\.[^.]*bias$")
+"""Keys of biases that peft writes a second time."""
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -86,22 +90,48 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     config, tensors = _read(Path(folder))
     if config.get("peft_type") == OWN_TYPE:
         return _load_own(model, config, tensors, folder, adapter)
+    what = f"adapter '{folder}'"
     plan = peft_plan(model, config)
-    expected: dict[str, tuple[int, ...]] = {}
+    targets = [path for group in plan.groups for path in group.paths]
+    own = {PREFIX + key: name for key, name in own_keys(model, config, targets).items()}
+    tensors, beside = _of_the_base(model, tensors, own, targets)
+    own |= beside
+    other_vocabulary(model, {name: tensors[key] for key, name in own.items() if key in tensors}, what)
+    parameters = dict(model.named_parameters())
+    expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
     for group in plan.groups:
         skeletons = {
             path: spec.build(place(model, path).site(path)._replace(device=torch.device("meta")))
             for path, spec in group.spec.each(group.paths).items()
         }
         group.spec.join(skeletons)
-        expected |= {key: tuple(t.shape) for key, t in _tensors(skeletons).items()}
+        slots = {path: delta.slots() for path, delta in skeletons.items()}
+        expected |= {
+            f"{_key(model, path, targets)}.{key}": tuple(t.shape)
+            for path, keys in slots.items()
+            for key, t in keys.items()
+        }
         expected |= {SHARED + key: tuple(t.shape) for key, t in group.spec.shared_to_peft(skeletons).items()}
-    _check(tensors, expected, f"adapter '{folder}'")
+    _check(tensors, expected, what)
+    values = own_values(tensors, own)
+    if beside:
+        names = plan.names | set(values)
+        plan = plan._replace(names=names, masks=[Train([name for name in parameters if name in names])])
+    active = adapters(model)[:1]
     start(model, plan, adapter=adapter)
+    try:
+        for group, deltas in grouped(model):
+            group.spec.begin_again(model, deltas)
+    except UserError:
+        drop(model, active)
+        raise
     for path, delta in attached(model).items():
-        delta.from_peft({key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.to_peft()})
+        delta.from_peft({key: tensors[f"{_key(model, path, targets)}.{key}"] for key in delta.slots()})
     for group, deltas in grouped(model):
         group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in group.spec.shared_to_peft(deltas)})
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
     return model
 
 
@@ -142,18 +172,67 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Config and tensors as peft writes them; None if peft's format cannot say what the model does."""
     state, deltas = adaptation(model), attached(model)
-    kinds = {type(spec) for spec in state.plan.values()}
-    if state.start or len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
+    plan = state.plan
+    kinds = {type(spec) for spec in plan.values()}
+    if len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
         return None
     kind = kinds.pop()
-    parts = {path: spec.to_peft() for path, spec in state.plan.items()} if kind.peft_type else {}
-    common = kind.common_peft(parts, deltas) if parts else None
-    if common is None:
+    if kind.peft_type is None or any(place(model, path).kind not in kind.peft_on for path in plan):
         return None
-    config = {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-              **common, **peft_where(model, list(state.plan))}  # fmt: skip
-    shared = state.groups[0].spec.shared_to_peft(deltas)
-    return config, _tensors(deltas) | {SHARED + key: t for key, t in shared.items()}
+    common = kind.common_peft({path: spec.to_peft() for path, spec in plan.items()}, deltas)
+    own = own_to_peft(model, set(state.start), list(plan), kind)
+    where = None if own is None else peft_where(model, list(plan), kind, own)
+    if common is None or own is None or where is None:
+        return None
+    config = {
+        "peft_type": kind.peft_type,
+        "inference_mode": True,
+        "layers_to_transform": None,
+        **common,
+        **own,
+        **where,
+    }
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {
+        PREFIX + key: parameters[name] for key, name in own_keys(model, config, list(plan)).items()
+    }
+    for path, delta in deltas.items():
+        tensors |= {f"{_key(model, path, list(plan))}.{key}": t for key, t in delta.to_peft().items()}
+    tensors |= {SHARED + key: t for key, t in state.groups[0].spec.shared_to_peft(deltas).items()}
+    return {key: value for key, value in config.items() if key not in kind.peft_lacks}, tensors
+
+
+def _key(model: nn.Module, path: str, targets: Collection[str]) -> str:
+    """What the keys of the delta at `path` begin with in peft's file."""
+    where = place(model, path)
+    if where.kind != "experts":
+        return PREFIX + path
+    module = path.rpartition(".")[0]
+    around = [name for name in expert_weights(where.module) if f"{module}.{name}" in targets]
+    return PREFIX + module + ".base_layer" * (len(around) - 1 - around.index(where.name))  # the last one is outermost
+
+
+def _of_the_base(
+    model: nn.Module, tensors: dict[str, Tensor], own: Mapping[str, str], targets: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors without what only repeats the base, and key -> name of the embeddings that differ from the base's.
+
+    peft writes the embeddings as well when a delta sits on one, or when tokens were added; and with `bias="all"` both
+    the original and the trained bias of each module that it saves.
+    """
+    kept = {key: t for key, t in tensors.items() if key in own or not AGAIN.search(key)}
+    beside: dict[str, str] = {}
+    parameters = dict(model.named_parameters())
+    for user, name in embeddings(model).items():
+        key = PREFIX + wrapped(model, user, targets)
+        if key in own or key not in kept:
+            continue
+        here, there = parameters[name].detach().cpu(), kept[key]
+        if here.shape == there.shape and torch.equal(here.to(there.dtype), there.to(here.dtype).to(there.dtype)):
+            del kept[key]
+        else:
+            beside[key] = name
+    return kept, beside
 
 
 def _as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -201,6 +280,8 @@ def _load_own(
     wrong = [key for key in tensors if not key.startswith((PREFIX, *numbered))]
     if wrong:
         raise UserError(f"{what} has the key '{wrong[0]}'.", found=f"keys begin with '{PREFIX}'")
+    trained = {name: tensors[PREFIX + name] for name in config.get("own", []) if PREFIX + name in tensors}
+    other_vocabulary(model, trained, what)
     masks: list[ParameterSpec] = [build(Train, mask) for mask in config.get("train", [])]
     active = adapters(model)[:1]
     start(model, Planned(groups, masks, set(config.get("own", []))), adapter=adapter)
@@ -215,11 +296,6 @@ def _load_own(
         drop(model, active)
         raise
     return model
-
-
-def _tensors(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
-    """The deltas' own tensors by their keys in peft's file."""
-    return {f"{PREFIX}{path}.{key}": t for path, delta in deltas.items() for key, t in delta.to_peft().items()}
 
 
 def _shared_by_group(model: nn.Module) -> dict[str, Tensor]:
@@ -278,4 +354,8 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
+    here = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
+    first = {t.data_ptr(): key for key, t in reversed(here.items())}
+    return {
+        key: t if first[t.data_ptr()] == key else t.clone() for key, t in here.items()
+    }  # a tied one is written twice
