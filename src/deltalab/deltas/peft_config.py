@@ -105,7 +105,7 @@ def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpe
     if stacked and "experts" not in method.peft_on:
         raise UserError(f"target_parameters of peft_type {method.peft_type!r} are not supported.", nearest=["LORA"])
     if wanted is None:
-        wanted = [] if config.get("target_parameters") else select(model, "q,v").names
+        wanted = [] if config.get("target_parameters") else select(model, method.model_fields["targets"].default).names
     elif wanted == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
         wanted = [p for p in there if places_[p].kind == "linear" and places_[p].module is not output]

@@ -4,6 +4,7 @@ peft trains a copy of each module that it saves, so there the users of a tied we
 tied weight is written for every one of its users, and read where the file holds the same values for all of them.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,8 +15,13 @@ from transformers.models.auto import modeling_auto as auto
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.base import DeltaSpec
 from deltalab.deltas.select import leaf, model_name
-from deltalab.deltas.sites import base_modules, base_parameters, place
+from deltalab.deltas.sites import base_modules, base_parameters, expert_weights, place
 
+PREFIX = "base_model.model."
+SHARED = "base_model."
+"""Before the keys of tensors that modules share; in the own format a group's number follows, for there are several."""
+AGAIN = re.compile(r"\.(original_module|modules_to_save)\.[^.]*bias$")
+"""Keys of biases that peft writes a second time."""
 TASKS: dict[str, Mapping[str, Any]] = {
     "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -146,6 +152,39 @@ def other_vocabulary(model: nn.Module, values: Mapping[str, Tensor], what: str) 
                 f"{what} has {value.shape[0]} tokens in '{name}', and {model_name(model)} has {here.shape[0]}.",
                 next=f"model.resize_token_embeddings({value.shape[0]}) before loading",
             )
+
+
+def key_of(model: nn.Module, path: str, targets: Collection[str]) -> str:
+    """What the keys of the delta at `path` begin with in peft's file."""
+    where = place(model, path)
+    if where.kind != "experts":
+        return PREFIX + path
+    module = path.rpartition(".")[0]
+    around = [name for name in expert_weights(where.module) if f"{module}.{name}" in targets]
+    return PREFIX + module + ".base_layer" * (len(around) - 1 - around.index(where.name))  # the last one is outermost
+
+
+def of_the_base(
+    model: nn.Module, tensors: dict[str, Tensor], own: Mapping[str, str], targets: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors without what only repeats the base, and key -> name of the embeddings that differ from the base's.
+
+    peft writes the embeddings as well when a delta sits on one, or when tokens were added; and with `bias="all"` both
+    the original and the trained bias of each module that it saves.
+    """
+    kept = {key: t for key, t in tensors.items() if key in own or not AGAIN.search(key)}
+    beside: dict[str, str] = {}
+    parameters = dict(model.named_parameters())
+    for user, name in embeddings(model).items():
+        key = PREFIX + wrapped(model, user, targets)
+        if key in own or key not in kept:
+            continue
+        here, there = parameters[name].detach().cpu(), kept[key]
+        if here.shape == there.shape and torch.equal(here.to(there.dtype), there.to(here.dtype).to(there.dtype)):
+            del kept[key]
+        else:
+            beside[key] = name
+    return kept, beside
 
 
 def embeddings(model: nn.Module) -> dict[str, str]:
