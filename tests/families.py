@@ -52,11 +52,7 @@ def gpt_oss() -> nn.Module:
     config = transformers.GptOssConfig(
         **DECODER, intermediate_size=WIDTH, head_dim=8, num_local_experts=4, num_experts_per_tok=2
     )
-    model = transformers.GptOssForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "bias" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return transformers.GptOssForCausalLM(config)
 
 
 def bert() -> nn.Module:
@@ -122,7 +118,11 @@ FAMILIES = {
 def _made(family: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return FAMILIES[family].make().eval()
+        model = FAMILIES[family].make().eval()
+        for name, parameter in model.named_parameters():  # they start at zero, where a delta on them would not be seen
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
+        return model
 
 
 def model_of(family: str) -> nn.Module:
