@@ -64,7 +64,7 @@ class AdaptedExperts(nn.Module):
 
 
 @functools.cache
-def adapted_class(cls: type[nn.Module], shows: tuple[str, ...] = ()) -> type[nn.Module]:
+def adapted_class(cls: type[nn.Module], shows: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of a module's class that asks its delta; the same one each time. shows: the experts' parameters.
 
     An embedding of a class of its own (scaled, with an offset) asks where that class looks up its rows, so whatever it
@@ -76,7 +76,7 @@ def adapted_class(cls: type[nn.Module], shows: tuple[str, ...] = ()) -> type[nn.
         bases = (AdaptedExperts, cls)
         body |= {"shows": shows, **{name: property(functools.partial(_shown, name)) for name in shows}}
     elif issubclass(cls, nn.Embedding) and cls is not nn.Embedding:
-        bases = (cls, adapted_class(nn.Embedding))
+        bases = (cls, adapted_class(nn.Embedding, ()))
     return type(f"Adapted{cls.__name__}", bases, body)
 
 
@@ -106,7 +106,7 @@ def attach(place: Place, delta: Delta) -> None:
             next="leave the embeddings out, or train them themselves: Train('embed_tokens')",
         )
     module.add_module("delta", delta)
-    module.__class__ = adapted_class(type(module))
+    module.__class__ = adapted_class(type(module), ())
 
 
 def detach(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from deltalab.deltas.weights import STATE, Adaptation, adaptation, attached, is_
 
 @dataclass
 class Parked:
-    """An adapter that is not active: its state, its modules, and the own weights that it trained or moved, on the CPU."""
+    """An adapter that is not active: its state, its modules, and the own weights that it trained, on the CPU."""
 
     state: Adaptation
     deltas: dict[str, Delta]
@@ -62,7 +62,7 @@ def unload(model: nn.Module) -> nn.Module:
 def park(model: nn.Module) -> None:
     """Take the active adapter off and keep it; the model is the base until `bring_back`."""
     state = adaptation(model)
-    own = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if n in state.originals}
+    own = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if n in state.start}
     deltas = attached(model)
     take_off(model)
     ignore_on_save(model, undo=True)
@@ -99,13 +99,14 @@ def drop(model: nn.Module, active: list[str]) -> None:
 
 def take_off(model: nn.Module) -> None:
     """The active adapter's modules off, and the model's own weights to what was loaded."""
-    originals = adaptation(model).originals
+    originals = adaptation(model).start
     for module in {id(m): m for m in (place(model, path).module for path in attached(model))}.values():
         detach(module)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in originals:
                 parameter.copy_(originals[name])
+                parameter.grad = None  # an optimizer that still holds it would step the base
 
 
 def forget(model: nn.Module, state: Adaptation | None = None) -> None:
