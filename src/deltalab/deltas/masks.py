@@ -1,6 +1,8 @@
-"""Parameter masks: which of the model's own parameters train. Single entries of a matrix: see `deltalab.deltas.freeze`.
+"""Parameter masks: which of the model's own parameters train.
 
-y = W x + c,   W or c or both as trained      (biases alone: Ben Zaken et al. 2021, arXiv:2106.10199)
+    y = W x + c,   W or c or both as trained      (biases alone: Ben Zaken et al. 2021, arXiv:2106.10199)
+
+Whole parameters, by name. Single entries of a matrix: see `deltalab.deltas.freeze`.
 """
 
 from typing import Any, Literal

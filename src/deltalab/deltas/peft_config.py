@@ -103,7 +103,8 @@ def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpe
         )
     stacked = _parameters(model, config, places_)
     if stacked and "experts" not in method.peft_on:
-        raise UserError(f"target_parameters of peft_type {method.peft_type!r} are not supported.", nearest=["LORA"])
+        known = sorted({str(cls.peft_type) for cls in methods().values() if "experts" in cls.peft_on})
+        raise UserError(f"target_parameters of peft_type {method.peft_type!r} are not supported.", nearest=known)
     if wanted is None:
         wanted = [] if config.get("target_parameters") else select(model, method.model_fields["targets"].default).names
     elif wanted == "all-linear":
@@ -139,7 +140,7 @@ def peft_where(
     stacked = {path for path in paths if there[path].kind == "experts"}
     plain = [path for path in paths if path not in stacked]
     mixture = any(where.kind == "experts" for where in there.values())
-    if mixture and method.peft_type == "LORA" and FUSED & {leaf(path) for path in plain}:
+    if mixture and method.peft_fuses and FUSED & {leaf(path) for path in plain}:
         return None
     transposed = any(isinstance(there[path].module, Conv1D) for path in plain)
     modules = [path for path, _ in base_modules(model)]

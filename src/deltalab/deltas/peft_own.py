@@ -91,8 +91,7 @@ def own_to_peft(
     heads = [path for path in _modules(model) if task in HEADS and path.endswith(HEADS[task])]
     if any(not _parameters(model, head) <= own for head in heads):
         task, heads = None, []  # with its task, peft would look for the head in the file
-    only = "vera_only" if method.peft_type == "VERA" else "lora_only"
-    for bias in ("none",) if "bias" in method.peft_lacks else ("none", only, "all"):
+    for bias in ("none",) if "bias" in method.peft_lacks else ("none", method.peft_biases, "all"):
         names = base_parameters(model)
         biases = {names[name] for name in _biases(model, bias, targets)}
         users = [user for user, name in names.items() if name in own - biases]

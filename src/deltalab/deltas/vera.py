@@ -41,6 +41,7 @@ class VeRA(DeltaSpec):
     peft_keys: ClassVar[frozenset[str]] = frozenset(
         {"r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection", "init_weights"}
     )
+    peft_biases: ClassVar[str] = "vera_only"
     sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear", "experts"})
 
     def build(self, site: Site) -> "VeRADelta":
