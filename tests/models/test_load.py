@@ -14,6 +14,7 @@ from deltalab.models import precision
 from deltalab.models.generate import generate
 from deltalab.models.load import load, load_tokenizer, model_digest
 from tests.deltas.perturb import perturbed
+from tests.families import logits, model_of
 from tests.helpers import SHARED, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
 
 
@@ -35,6 +36,33 @@ def test_a_folder_loads(folder):
     assert not model.training
     assert tokenizer.pad_token_id == 0
     assert load(str(folder))[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("family", ["bert-classifier", "bert", "t5", "gpt2", "mixtral"])
+def test_models_of_any_head_load(family, tmp_path):
+    model = model_of(family)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert type(again) is type(model)
+    assert not again.training
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_body_alone_and_another_head(tmp_path):
+    model_of("bert-classifier").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    body, _ = load(tmp_path, head="none")
+    assert type(body) is transformers.BertModel
+    assert torch.equal(body(tokens()).pooler_output, model_of("bert-classifier").bert(tokens()).pooler_output)
+    body.save_pretrained(tmp_path / "body")
+    byte_tokenizer().save_pretrained(tmp_path / "body")
+    assert type(load(tmp_path / "body")[0]) is transformers.BertModel
+    refused(tmp_path, r"lacks \d+ tensors, the first is cls", head="MaskedLM")
+    refused(tmp_path, "(?s)'Classification' is no head.*nearest: .*Classification", head="Classification")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert type(load(tmp_path, head="SequenceClassification")[0]) is transformers.BertForSequenceClassification
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Which class of transformers loads a model: by the class that its config names, or by the head that is asked for."""
+
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto as auto
+
+from deltalab.core.errors import UserError, nearest
+
+HEADS: dict[str, tuple[Any, Any]] = {
+    "CausalLM": (transformers.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "Seq2SeqLM": (transformers.AutoModelForSeq2SeqLM, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "MaskedLM": (transformers.AutoModelForMaskedLM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "SequenceClassification": (
+        transformers.AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "TokenClassification": (
+        transformers.AutoModelForTokenClassification, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "QuestionAnswering": (
+        transformers.AutoModelForQuestionAnswering, auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+    "none": (transformers.AutoModel, auto.MODEL_MAPPING_NAMES),
+}  # fmt: skip
+"""Head -> the class that loads such a model, and the classes that have the head, by model type; `none` is the body."""
+
+
+def auto_class(config: transformers.PretrainedConfig, head: str | None) -> Any:
+    """The class that loads the model of `config`. head: a key of `HEADS`, or None for what the config's class has; a
+    config that names no class, or one that is not known, is taken for a causal language model.
+
+    Raises: UserError for an unknown head.
+    """
+    if head is not None:
+        if head not in HEADS:
+            raise UserError(f"'{head}' is no head of a model.", nearest=nearest(head, HEADS) or list(HEADS))
+        return HEADS[head][0]
+    for named in config.architectures or []:
+        for loader, classes in HEADS.values():
+            if any(named == found or (isinstance(found, tuple) and named in found) for found in classes.values()):
+                return loader
+    return transformers.AutoModelForCausalLM
