@@ -109,7 +109,7 @@ MUTANTS = [
         "tests/safety/test_nulls.py",
     ),
     mutant(
-        "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * self.B @ self.A)", "return self.kept(self.B @ self.A)",
+        "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * change)", "return self.kept(change)",
         "tests/deltas/test_lora.py", "tests/conformance",
     ),
     mutant(

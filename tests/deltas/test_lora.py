@@ -5,8 +5,10 @@ import math
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import deltalab as dl
@@ -14,7 +16,8 @@ from deltalab.core.spec import build
 from deltalab.deltas.adapt import adaptation, attached, param_groups
 from deltalab.deltas.base import Site
 from deltalab.deltas.lora import LoRADelta
-from tests.deltas.perturb import base_of, perturbed
+from tests.deltas.perturb import base_of, perturbed, states_equal
+from tests.families import mixtral
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
 SITE = Site("linear", (5, 4), "linear", torch.float64, torch.device("cpu"))
@@ -133,13 +136,124 @@ def test_the_start_is_distributed_as_peft_draws_it():
     assert torch.equal(delta.B, torch.zeros(300, 64))
 
 
+def test_starts_that_are_drawn():
+    """Against peft's draws, by their spread; BA is zero but for `random`, and the seed alone decides."""
+
+    def start(init, make=lambda: nn.Sequential(nn.Linear(400, 300)), r=64, seed=0):
+        return attached(dl.adapt(make(), dl.LoRA(r=r, init=init, targets=["0"]), seed=seed))["0"]
+
+    for ours, there in (("gaussian", "gaussian"), ("orthogonal", "orthogonal"), ("random", False)):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=64, target_modules=["0"], init_lora_weights=there)
+        layer = peft.get_peft_model(nn.Sequential(nn.Linear(400, 300)), config).base_model.model[0]
+        delta = start(ours)
+        for tensor, their in ((delta.A, layer.lora_A["default"].weight), (delta.B, layer.lora_B["default"].weight)):
+            assert tensor.std().item() == pytest.approx(their.std().item(), rel=0.03, abs=1e-12)
+        product = (delta.B @ delta.A).abs().max()
+        assert (product > 0.01) if ours == "random" else (product <= 1e-6 * delta.A.norm() * (1 + delta.B.norm()))
+        again, other = start(ours), start(ours, seed=1)
+        assert torch.equal(delta.A, again.A)
+        assert torch.equal(delta.B, again.B)
+        assert not torch.equal(delta.A, other.A)
+    odd = start("orthogonal", lambda: nn.Sequential(nn.Linear(6, 5)), r=2)
+    assert odd.A.norm() > 0
+    assert odd.B.norm() > 0
+    table = start("kaiming", lambda: nn.Sequential(nn.Embedding(500, 300)))
+    assert torch.equal(table.A, torch.zeros(64, 500))
+    assert table.B.std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_loraplus_rates_are_those_of_peft():
+    spec = dl.LoRA(r=2, targets="all-linear", lr_ratio=16)
+    model = dl.adapt(tiny_llama(), spec)
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=3e-4, loraplus_lr_ratio=16)
+    names = {p: name for name, p in theirs.named_parameters()}
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    ours = {p: group["lr"] for group in param_groups(model, 3e-4) for p in group["params"]}
+    assert set(ours.values()) == {3e-4, 16 * 3e-4}
+    for path, delta in attached(model).items():
+        assert ours[delta.A] == rates[f"base_model.model.{path}.lora_A.default.weight"]
+        assert ours[delta.B] == rates[f"base_model.model.{path}.lora_B.default.weight"]
+    table = dl.adapt(tiny_llama(), dl.LoRA(targets=["embed_tokens"], lr_ratio=16))
+    assert {group["lr"] for group in param_groups(table, 3e-4)} == {3e-4}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_own_biases_that_train_are_those_of_peft(bias):
+    for spec in (dl.LoRA(r=2, bias=bias), peft.LoraConfig(r=2, bias=bias, target_modules=["q_proj", "v_proj"])):
+        model = dl.adapt(tiny_llama(bias=True), spec)
+        theirs = peft.get_peft_model(
+            tiny_llama(bias=True), peft.LoraConfig(r=2, bias=bias, target_modules=["q_proj", "v_proj"])
+        )
+        there = {
+            name.removeprefix("base_model.model.").replace(".base_layer", "")
+            for name, p in theirs.named_parameters()
+            if p.requires_grad and "lora_" not in name
+        }
+        assert {name for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name} == there
+        perturbed(model)
+        assert states_equal(dl.unload(model), tiny_llama(bias=True))
+    plain = tiny_llama()
+    with pytest.raises(dl.UserError, match="trains nothing"):
+        dl.adapt(plain, dl.LoRA(bias=bias))
+    assert states_equal(plain, tiny_llama())
+
+
+def test_patterns_give_ranks_and_alphas(tmp_path):
+    spec = dl.LoRA(
+        r=4,
+        alpha=8,
+        targets="q,v",
+        rank_pattern={"model.layers.0.*": 2, "v_proj": 3},
+        alpha_pattern={"re:.*1.*v_proj": 5},
+    )
+    model = perturbed(dl.adapt(tiny_llama(), spec))
+    said = {path.removeprefix("model.layers."): (len(d.A), d.s) for path, d in attached(model).items()}
+    assert said == {"0.self_attn.q_proj": (2, 4.0), "0.self_attn.v_proj": (2, 4.0), "1.self_attn.q_proj": (4, 2.0), "1.self_attn.v_proj": (3, 5 / 3)}  # fmt: skip
+    dl.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert_close_by_norm(theirs(tokens()).logits, model(tokens()).logits, 1e-5)
+    again = dl.load_adapter(tiny_llama(), tmp_path)
+    assert {path.removeprefix("model.layers."): (len(d.A), d.s) for path, d in attached(again).items()} == said
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(dl.UserError, match=r"'o_proj' of LoRA matches none"):
+            dl.adapt(tiny_llama(), dl.LoRA(targets="q,v", **{field: {"o_proj": 2}}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}])
+def test_embeddings_both_ways(fields, tmp_path):
+    theirs = with_peft({"r": 4, "lora_alpha": 3, "target_modules": ["embed_tokens", "q_proj"], **fields})
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_embedding_A" in name:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = dl.load_adapter(tiny_llama(), tmp_path / "theirs")
+    assert error_by_norm(tiny_llama()(tokens()).logits, theirs(tokens()).logits) > 0.01
+    assert_close_by_norm(ours(tokens()).logits, theirs(tokens()).logits, 1e-5)
+    dl.save_adapter(perturbed(ours), tmp_path / "ours")
+    there = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    assert_close_by_norm(there(tokens()).logits, ours(tokens()).logits, 1e-5)
+    keys = safetensors.torch.load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert {tuple(t.shape) for key, t in keys.items() if "embed" in key} == {(4, 270), (32, 4)}
+
+
+def test_dropout_does_not_go_on_experts():
+    model = mixtral()
+    with pytest.raises(dl.UserError, match=r"dropout=0.1 cannot act on 'model.layers.0.mlp.experts"):
+        dl.adapt(model, dl.LoRA(dropout=0.1, targets="all-linear"))
+    assert not attached(dl.unload(dl.adapt(model, dl.LoRA(targets="all-linear"))))
+
+
 def test_scale():
     assert dl.LoRA(r=4, alpha=8).scale == 2.0
     assert dl.LoRA(r=4, alpha=8, rank_stabilised=True).scale == 4.0
 
 
 def test_forward_is_the_formula():
-    delta = LoRADelta(SITE, 2, 1.5, 0.0)
+    delta = LoRADelta(SITE, dl.LoRA(r=2, alpha=3))
     delta.init(torch.Generator().manual_seed(0))
     nn.init.normal_(delta.B)
     W, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
@@ -185,10 +299,10 @@ def test_a_peft_config_is_taken_for_a_spec():
             if isinstance(m, peft.tuners.lora.LoraLayer)
         }
         assert {path: delta.s for path, delta in attached(ours).items()} == scales
-    with pytest.raises(dl.UserError, match="init_lora_weights='pissa'"):
-        dl.adapt(tiny_llama(), peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
-    with pytest.raises(dl.UserError, match="IA3"):
-        dl.adapt(tiny_llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(dl.UserError, match="init_lora_weights='mica'"):
+        dl.adapt(tiny_llama(), peft.LoraConfig(init_lora_weights="mica", target_modules=["q_proj"]))
+    with pytest.raises(dl.UserError, match="LOHA"):
+        dl.adapt(tiny_llama(), peft.LoHaConfig(target_modules=["q_proj"]))
 
 
 def test_the_config_is_what_people_read(tmp_path):

@@ -127,6 +127,41 @@ def test_the_same_command_goes_on_after_ctrl_c(place, tmp_path, capsys, monkeypa
     assert str(tmp_path / "b" / "adapter") in out.out
 
 
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_a_start_that_looks_at_weights_or_samples(place, tmp_path, monkeypatch, init):
+    """Interrupted, it goes on bitwise; what the start looks at is taken from the run itself."""
+    from deltalab.train import loop, run
+
+    command = ["train", place / "spec.yaml", f"adapt.init={init}", "run.checkpoint_every=1", "--quiet"]
+    original, calls, seen = loop.Loop._step, [], []
+
+    def step(self, samples, shown):
+        original(self, samples, shown)
+        calls.append(1)
+        if len(calls) == 3:
+            __import__("signal").raise_signal(2)
+
+    def remembered(*args, take=run.calibration):
+        seen.append(take(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    monkeypatch.setattr(run, "calibration", remembered)
+    call(*command, f"output={tmp_path / 'a'}", code=130)
+    call(*command, f"output={tmp_path / 'a'}")
+    call(*command, f"output={tmp_path / 'b'}")
+    got, want = (safetensors.torch.load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in "ab")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    rank = want["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape[0]
+    assert rank == {"pissa": 4, "eva": 2}[init]
+    if init == "pissa":
+        assert seen == [None] * 3
+    else:  # of 24 samples 5 are held out
+        assert [len(batch["input_ids"]) for batch in seen[0]] == [4, 4, 4, 4, 3]
+        assert all((batch["labels"] != -100).any() for batch in seen[0])
+
+
 def test_default_output_is_named_after_the_spec(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call("train", place / "spec.yaml", "--quiet", "optim.steps=1")

@@ -8,6 +8,7 @@ take, in their dtype): `disabled`, `unload` and ΔW = W − W₀ are exact throu
 import contextlib
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach, detach
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, Start, WeightDelta
+from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, Start, WeightDelta, shape_of
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name, select
-from deltalab.deltas.sites import place
+from deltalab.deltas.sites import Place, base_parameters, linears, place
 from deltalab.deltas.switch import adapters, drop, forget, ignore_on_save, park, set_active, unload
 from deltalab.deltas.weights import (
     STATE,
@@ -38,6 +39,7 @@ from deltalab.deltas.weights import (
     is_adapted,
     merged_weight,
 )
+from deltalab.quant.linear import GroupLinear
 
 __all__ = ["Trainable", "adapt", "adaptation", "adapters", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
            "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
@@ -117,7 +119,7 @@ def planned(model: nn.Module, spec: Any) -> Planned:
         if isinstance(item, DeltaSpec):
             chosen = [Group(item, select(model, item.targets, item.layers).names)]
         elif is_peft(item):
-            theirs = peft_plan(model, item.to_dict(), fresh=True)
+            theirs = peft_plan(model, item.to_dict())
             chosen = theirs.groups
             masks += theirs.masks
             names |= theirs.names
@@ -183,16 +185,14 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
                 found=f"it goes on: {', '.join(sorted(spec.sits_on))}",
                 next="name other targets, or another method for this one",
             )
-        deltas[path] = spec.build(where.site(path))
+        site = where.site(path)
+        if fresh is not None and fresh.quantising is not None:
+            site = site._replace(group=fresh.quantising.group(path))
+        deltas[path] = spec.build(site)
         deltas[path].init(_generator(fresh.seed if fresh else 0, path))
     group.spec.join(deltas)
     if fresh is not None:
-        owners = {id(p): name for name, p in model.named_parameters()}
-        for path, W in group.spec.begin(model, deltas, fresh):
-            where = place(model, path)
-            state.moved[owners[id(where.parameter)]] = where.parameter.detach().to("cpu", copy=True)
-            with torch.no_grad():
-                where.parameter.copy_(where.oriented(W))
+        group.spec.begin(model, deltas, fresh)
     for path, delta in deltas.items():
         attach(place(model, path), delta)
 
@@ -203,7 +203,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     state = adaptation(model)
     deltas = list(attached(model).values())
     before = [delta.enabled for delta in deltas]
-    originals = state.originals
+    originals = state.start
     trained = {name: p for name, p in model.named_parameters() if name in originals}
     values = {name: p.data for name, p in trained.items()}
     try:
@@ -222,8 +222,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def merged(model: nn.Module) -> nn.Module:
     """A plain model that computes what the adapted one does, apart from rounding each merged weight to its dtype.
 
-    It shares the memory of every tensor that no delta touched; the adapted model stays as it is.
-    Raises: UserError if a delta depends on the input and so has no adapted weight.
+    It shares the memory of every tensor that no delta touched; the adapted model stays as it is. A group-quantised
+    linear stays one, with the same codes and scales, where the change goes into its offsets (QA-LoRA); else it becomes
+    a plain linear with the merged weight, which is not quantised again.
+    Raises: UserError if a delta depends on the input and so has no adapted weight, or a linear is quantised otherwise.
     """
     state = adaptation(model)
     deltas = attached(model)
@@ -241,32 +243,59 @@ def merged(model: nn.Module) -> nn.Module:
             )
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     plain = copy.deepcopy(model, memo)
+    if "_hf_hook" not in plain.__dict__:  # a trainer's own forward, of which a copy still runs the adapted model
+        plain.__dict__.pop("forward", None)
     for module in {id(m): m for m in (place(plain, path).module for path in deltas)}.values():
         detach(module)
     for path in deltas:
         where = place(plain, path)
-        value = where.oriented(merged_weight(model, path)).to(where.parameter.dtype)
+        if isinstance(where.module, GroupLinear):
+            if not where.module.absorb(delta_weight(model, path)):
+                plain.set_submodule(path, where.module.plain(merged_weight(model, path)))
+            continue
+        value = where.oriented(merged_weight(model, path)).to(where.dtype)
         where.module.register_parameter(
             where.name, nn.Parameter(value.contiguous(), requires_grad=where.parameter.requires_grad)
         )
+    for path, delta in deltas.items():
+        _merge_bias(place(plain, path), delta)
     forget(plain, state)
     return plain
 
 
+@torch.no_grad()
+def _merge_bias(where: Place, delta: Delta) -> None:
+    bias = where.module._parameters.get("bias") if where.kind == "linear" else None
+    if bias is not None and isinstance(delta, WeightDelta):
+        changed = delta.adapted_bias(bias)
+        if changed is not bias:
+            where.module.register_parameter("bias", nn.Parameter(changed, requires_grad=bias.requires_grad))
+
+
 def trainable(model: nn.Module) -> Trainable:
-    """What trains in `model`, by kind of delta (or `own` for the model's own parameters) and module name."""
+    """What trains in `model`, by kind of delta (or `own` for the model's own parameters) and module name.
+
+    A tied weight goes by the names of all that use it: `embed_tokens = lm_head`.
+    """
     owners = {id(p): (path, delta) for path, delta in attached(model).items() for p in delta.parameters()}
     kinds: Counter[tuple[str, str]] = Counter()
     modules: dict[tuple[str, str], set[str]] = {}
+    users: dict[str, list[str]] = {}
+    for user, name in base_parameters(model).items():
+        users.setdefault(name, []).append(leaf(user.rpartition(".")[0]))
     total = 0
     for name, parameter in model.named_parameters():
         found = owners.get(id(parameter))
         total += parameter.numel() if found is None else 0
         if parameter.requires_grad:
             path = name.rpartition(".")[0] if found is None else found[0]
-            key = ("own" if found is None else type(found[1]).__name__.removesuffix("Delta"), leaf(path))
+            kind = "own" if found is None else type(found[1]).__name__.removesuffix("Delta")
+            key = (kind, leaf(path) if found else " = ".join(dict.fromkeys(users[name])))  # a tied one by all its users
             kinds[key] += parameter.numel()
             modules.setdefault(key, set()).add(path)
+    for linear in linears(model).values():  # of a quantised one the entries, not the bytes of its codes
+        kept = linear._parameters.get("weight")
+        total += math.prod(shape_of(linear)) - (0 if kept is None else kept.numel())
     return Trainable(tuple((*key, len(modules[key]), count) for key, count in kinds.items()), total)
 
 

@@ -10,7 +10,7 @@ have one leading dimension more, the expert; only `adapted` and `change` are ask
 """
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Bool, Float, Int
 from deltalab.core.spec import Spec
+from deltalab.quant.linear import GroupLinear, Quantising
 
-LINEARS = (nn.Linear, Conv1D)
+LINEARS = (nn.Linear, Conv1D, GroupLinear)
 """What a delta can sit on. GPT-2's Conv1D is a linear whose weight is stored (in, out)."""
 
 CHUNK = 1 << 20
@@ -34,25 +35,34 @@ Kind = Literal["linear", "embedding", "experts"]
 
 
 class Site(NamedTuple):
-    """One weight that a delta is built for. shape: (out, in), or (experts, out, in). dtype: of the delta's parameters."""
+    """One weight that a delta is built for. shape: (out, in), or (experts, out, in). dtype: of the delta's parameters.
+
+    group: inputs that share a scale where the weight is group-quantised.
+    """
 
     path: str
     shape: tuple[int, ...]
     kind: Kind
     dtype: torch.dtype
     device: torch.device
+    group: int | None = None
 
 
 class Start(NamedTuple):
     """What a fresh adapter may start from.
 
-    seed: of `adapt`. calibration: batches of model inputs (dicts), if given. round_trip: W -> what the base's quantiser
-    makes of it, (out, in) both, where the base is about to be quantised.
+    seed: of `adapt`. calibration: batches of model inputs (dicts), if given. quantising: what of the base is about to be
+    quantised; a start may say from what, and the base is that from then on.
     """
 
     seed: int
     calibration: Sequence[Mapping[str, Tensor]] | None = None
-    round_trip: Callable[[Tensor], Tensor] | None = None
+    quantising: Quantising | None = None
+
+    @property
+    def round_trip(self) -> Callable[[Tensor], Tensor] | None:
+        """W -> what the base's quantiser makes of it, (out, in) both, where the base is about to be quantised."""
+        return None if self.quantising is None else self.quantising.quantiser.round_trip
 
 
 class DeltaSpec(Spec, abc.ABC):
@@ -73,6 +83,14 @@ class DeltaSpec(Spec, abc.ABC):
     """The `peft_type` of this method's adapter files; None if peft has no such method."""
     peft_keys: ClassVar[frozenset[str]] = frozenset()
     """The keys of peft's config that `from_peft` reads; any other that is set is refused by name."""
+    peft_lacks: ClassVar[frozenset[str]] = frozenset()
+    """What most configs of peft have and this method's has not: `bias`, `layers_to_transform`."""
+    peft_on: ClassVar[frozenset[Kind]] = frozenset({"linear"})
+    """The kinds of weight that peft's form of the method can sit on."""
+    peft_biases: ClassVar[str] = "lora_only"
+    """The value of peft's `bias` by which the biases of the adapted linears train."""
+    peft_fuses: ClassVar[bool] = False
+    """Whether peft, loading a file, takes the linears that a mixture once had for the experts of today."""
     sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear"})
     """The kinds of weight that the method can sit on."""
 
@@ -101,13 +119,21 @@ class DeltaSpec(Spec, abc.ABC):
     def join(self, deltas: Mapping[str, "Delta"]) -> None:
         """All modules are built: let them share what they share."""
 
-    def begin(
-        self, model: nn.Module, deltas: Mapping[str, "Delta"], start: Start
-    ) -> Iterator[tuple[str, Float[Tensor, "out in"]]]:
+    @property
+    def calibrates(self) -> bool:
+        """Whether a fresh adapter needs batches of inputs to begin, `Start.calibration`."""
+        return False
+
+    def begin(self, model: nn.Module, deltas: Mapping[str, "Delta"], start: Start) -> None:
         """A fresh adapter begins, after every `init`, the deltas not yet on the model: a start that looks at weights or
-        activations. Yields (path, weight) for each base weight that part is moved out of, in the weight's dtype.
+        activations. The base is not written to: a start that takes part of a weight counts its change from there.
         """
-        return iter(())
+
+    def begin_again(self, model: nn.Module, deltas: Mapping[str, "Delta"]) -> None:
+        """Before `from_peft` of each: what peft's file leaves to be made again from the weights, as peft does on loading.
+
+        Raises: UserError if that cannot be done.
+        """
 
     def penalty(self, deltas: Mapping[str, "Delta"]) -> Float[Tensor, ""] | None:
         """What is added to the loss, differentiable; None for nothing."""
@@ -131,6 +157,11 @@ class DeltaSpec(Spec, abc.ABC):
         """One config for modules whose own are `parts` (path -> `to_peft`), or None if peft has no way to say it."""
         first, *rest = parts.values()
         return first if all(part == first for part in rest) else None
+
+    @classmethod
+    def whole_peft(cls, config: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+        """The config of a file, its targets `paths` among it, in the words that peft has for this method."""
+        return config
 
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:
@@ -194,6 +225,10 @@ class Delta(nn.Module, abc.ABC):
     def init(self, generator: torch.Generator) -> None:
         """Set the parameters to a start at which the model computes what it computed before."""
 
+    def constant(self, value: Tensor) -> Tensor:
+        """A value that the backward takes for one by a method's paper; a hook, so that finite differences can as well."""
+        return value.detach()
+
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Groups for a torch optimizer; a method with several learning rates splits them here."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
@@ -202,10 +237,14 @@ class Delta(nn.Module, abc.ABC):
         """Tensors by the key that peft gives them after the module's path."""
         raise NotImplementedError
 
+    def slots(self) -> dict[str, Tensor]:
+        """What `from_peft` sets, by the same keys: `to_peft`, unless that is computed."""
+        return self.to_peft()
+
     def from_peft(self, tensors: dict[str, Tensor]) -> None:
-        """Take over tensors with the keys and shapes that `to_peft` gives."""
+        """Take over tensors with the keys and shapes of `slots`."""
         with torch.no_grad():
-            for key, own in self.to_peft().items():
+            for key, own in self.slots().items():
                 own.copy_(tensors[key])
 
 
@@ -238,6 +277,10 @@ class WeightDelta(Delta):
         W: as `weight_of` gives it, so that a method that does not look at it may sit on a quantised linear.
         """
         return self.adapted(W) - W
+
+    def adapted_bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """The merged linear's bias: `bias` itself, unless the method scales the output that it is part of."""
+        return bias
 
     def factors(self) -> Factors | None:
         """The low-rank form of ΔW before `keep`, or None where it has none. Of experts: of each, stacked."""
@@ -283,13 +326,18 @@ class Dropout(nn.Dropout):
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """A linear's weight as (out, in): a transposed view for Conv1D and embeddings. Quantised: as it is kept."""
+    """A linear's weight as (out, in): a transposed view for Conv1D and embeddings.
+
+    Of a `GroupLinear` what its codes stand for, made anew; of other quantised linears the codes as they are kept.
+    """
     return as_stored(linear, linear.weight)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, ...]:
     """(out, in), also of a linear that keeps its weight quantised in another shape. Of other modules the weight's."""
-    if isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point:
+    if isinstance(linear, GroupLinear) or (
+        isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point
+    ):
         return linear.out_features, linear.in_features
     return tuple(weight_of(linear).shape)
 

@@ -5,82 +5,220 @@
 A starts random, B at zero, so the adapted model starts as the base. With s = α / √r (rsLoRA, Kalajdzievski 2023,
 arXiv:2312.03732) the change keeps its size as r grows. A and B are kept in fp32 under a 16-bit model and are cast
 where they meet the input, so the input is never copied to fp32.
+
+Starts of `deltalab.deltas.init` that are a part of W itself (PiSSA, OLoRA) train the residual model W − s B₀A₀ with the
+change s B A. Here W stays where it is and the change is what that adds up to,
+
+    ΔW = s · (B A − B₀ A₀),   zero at the start, of rank 2r,
+
+so the base is the model that was loaded at every moment, frozen entries and own trained weights included, and the
+adapter that is saved is plain LoRA of rank 2r for it.
 """
 
-from typing import Any, ClassVar, Literal, Self
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Dropout, Factors, Kind, Site, WeightDelta, through
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, Kind, Site, Start, WeightDelta, through
+from deltalab.deltas.init import Pair, gaussian, normal, orthogonal
 from deltalab.deltas.lowrank import LowRankSpec, kaiming
+from deltalab.deltas.starts import LOOKING, PARTS, looked_for, require_same_again
 
-STARTS = (True, False, "gaussian", "orthogonal", "eva", "mipam")
-"""Values of peft's `init_lora_weights` that leave the base weight alone, so that a saved A and B say everything."""
+Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]
+PEFT_STARTS = {True: "kaiming", False: "random"} | {name: name for name in ("gaussian", "orthogonal", *LOOKING)}
+"""peft's `init_lora_weights` -> `init`."""
 
 
 class LoRA(LowRankSpec):
-    """Low-rank adaptation of every selected weight."""
+    """Low-rank adaptation of every selected weight.
+
+    init: where A and B start, see docs/methods/lora.md: `kaiming`, `gaussian`, `orthogonal` and `random` are drawn;
+    `pissa` and `olora` are a part of W; `loftq` makes up for a base that is quantised while it is loaded; `eva` looks at
+    activations (`calibration=` of `adapt`). svd_steps: of `pissa`, subspace iterations instead of the exact SVD.
+    bias: own biases that train too, all or those of the adapted linears.
+    lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
 
     method: Literal["lora"] = "lora"
+    init: Init = "kaiming"
+    svd_steps: Annotated[int, Field(ge=0)] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
+    peft_on: ClassVar[frozenset[Kind]] = frozenset({"linear", "embedding", "experts"})
     sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear", "embedding", "experts"})
+    peft_keys: ClassVar[frozenset[str]] = LowRankSpec.peft_keys | {"bias"}
 
     def build(self, site: Site) -> "LoRADelta":
-        return LoRADelta(site, self.r, self.scale, self.dropout)
+        self.check(site)
+        out, in_ = site.shape[-2:]
+        if self.init in LOOKING and self.r > min(out, in_):
+            raise UserError(
+                f"init='{self.init}' has no rank {self.r} on '{site.path}', which is {out} × {in_}.",
+                next=f"r={min(out, in_)} or less, or init='kaiming'",
+            )
+        if self.init == "orthogonal" and self.r % 2:
+            raise UserError("init='orthogonal' needs an even rank.", found=f"r={self.r}", next=f"r={self.r + 1}")
+        return LoRADelta(site, self)
+
+    def trains(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        there = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        if self.bias == "lora_only":
+            own = {f"{path}.bias" for path in paths}
+            return [name for name in there if name in own]
+        return there if self.bias == "all" else []
+
+    @property
+    def calibrates(self) -> bool:
+        return self.init == "eva"
+
+    def begin(self, model: nn.Module, deltas: Mapping[str, Delta], start: Start) -> None:
+        if self.bias != "none" and not self.trains(model, list(deltas)):
+            raise UserError(f"bias='{self.bias}' trains nothing: there are no such biases.", next="bias='none'")
+        if self.init in LOOKING:
+            mine = {path: delta for path, delta in deltas.items() if isinstance(delta, LoRADelta)}
+            drawn = {path: Factors(delta.A.detach(), delta.B.detach(), delta.s) for path, delta in mine.items()}
+            for path, pair in looked_for(self.init, model, drawn, start, self.svd_steps):
+                mine[path].start_at(pair)
+
+    def begin_again(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+        """The start of a file that peft saved unconverted: peft takes it from the weights again, and so it is here.
+
+        Raises: UserError if peft would draw it anew, or compute something else.
+        """
+        if self.init in (*PARTS, "loftq"):
+            require_same_again(self.init, model, deltas, self.svd_steps)
+            self.begin(model, deltas, Start(0))
+
+    def to_peft(self) -> dict[str, Any]:
+        config = {**super().to_peft(), "bias": self.bias}
+        if self.init in PARTS:  # of rank 2r for the base as loaded, s as it was
+            config |= {"r": 2 * self.r, "lora_alpha": self.alpha * (math.sqrt(2) if self.rank_stabilised else 2)}
+        return config
 
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:
         return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
     @classmethod
-    def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
-        start = config.get("init_lora_weights", True)
-        if start not in STARTS:
-            raise UserError(
-                f"init_lora_weights={start!r} moves part of the base weight into the adapter, which is not supported.",
-                next="convert the adapter to plain LoRA with peft first",
-            )
-        return super().from_peft(config, paths)
+    def fields_from_peft(cls, config: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+        said = config.get("init_lora_weights", True)
+        start = said.lower() if isinstance(said, str) else said
+        steps = None
+        if isinstance(start, str) and start.startswith("pissa_niter_") and start[12:].isdigit():
+            start, steps = "pissa", int(start[12:])
+        if start not in PEFT_STARTS:
+            raise UserError(f"init_lora_weights={said!r} is not supported.", nearest=[str(name) for name in PEFT_STARTS],
+                            next="convert the adapter to plain LoRA with peft first")  # fmt: skip
+        fields = {"init": PEFT_STARTS[start], "svd_steps": steps, "bias": config.get("bias", "none")}
+        return super().fields_from_peft(config, paths) | fields
 
 
 class LoRADelta(WeightDelta):
-    """ΔW = s · B A."""
+    """ΔW = s · B A, or s · (B A − B₀ A₀) where it starts at a part of W."""
 
     A: Float[nn.Parameter, "*e r in"]
     B: Float[nn.Parameter, "*e out r"]
+    A0: Float[Tensor, "*e r in"] | None
+    B0: Float[Tensor, "*e out r"] | None
 
-    def __init__(self, site: Site, r: int, s: float, dropout: float) -> None:
+    def __init__(self, site: Site, spec: LoRA) -> None:
         super().__init__()
+        self.s, self.start, self.kind = spec.scale, spec.init, site.kind
+        self.lr_ratio = 1.0 if site.kind == "embedding" else spec.lr_ratio  # there it is B that starts at random
         *experts, out, in_ = site.shape
-        self.s = s
-        self.A = nn.Parameter(torch.empty(*experts, r, in_, dtype=site.dtype, device=site.device))
-        self.B = nn.Parameter(torch.empty(*experts, out, r, dtype=site.dtype, device=site.device))
-        self.drop = Dropout(dropout) if dropout else nn.Identity()
+        A = torch.empty(*experts, spec.r, in_, dtype=site.dtype, device=site.device)
+        B = torch.empty(*experts, out, spec.r, dtype=site.dtype, device=site.device)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        part = spec.init in PARTS
+        self.register_buffer("A0", torch.zeros_like(A) if part else None)
+        self.register_buffer("B0", torch.zeros_like(B) if part else None)
+        self.drop = Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
     def init(self, generator: torch.Generator) -> None:
-        kaiming(self.A, generator)
-        nn.init.zeros_(self.B)
+        with torch.no_grad():
+            self.A.zero_()
+            self.B.zero_()
+            if self.start in ("gaussian", "orthogonal"):
+                drawn = gaussian if self.start == "gaussian" else orthogonal
+                self.start_at(drawn(self.A, self.B, generator))
+            elif self.kind == "embedding" and self.start == "kaiming":
+                self.start_at(Pair(self.A, normal(self.B, generator)))  # a row of A is one token's
+            else:
+                kaiming(self.A, generator)
+                if self.start == "random":
+                    kaiming(self.B, generator)
+
+    def start_at(self, pair: Pair) -> None:
+        """Set A and B; where they are a part of W, the change is counted from here."""
+        with torch.no_grad():
+            self.A.copy_(pair.A)
+            self.B.copy_(pair.B)
+            if self.A0 is not None and self.B0 is not None:
+                self.A0.copy_(pair.A)
+                self.B0.copy_(pair.B)
 
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         y = base(x)
-        low = through(self.drop(x), self.A)  # (*lead, r)
-        return y + (self.s * F.linear(low, self.B.to(low.dtype))).to(y.dtype)
+        change = _low_rank(self.drop(x), self.A, self.B)
+        if self.A0 is not None and self.B0 is not None:
+            change = change - _low_rank(x, self.A0, self.B0)
+        return y + (self.s * change).to(y.dtype)
 
     def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
         return W + self.change(W)
 
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
-        return self.kept(self.s * self.B @ self.A)
+        change = self.B @ self.A
+        if self.A0 is not None and self.B0 is not None:
+            change = change - self.B0 @ self.A0
+        return self.kept(self.s * change)
 
     def factors(self) -> Factors:
-        return Factors(self.A, self.B, self.s)
+        if self.A0 is None or self.B0 is None:
+            return Factors(self.A, self.B, self.s)
+        return Factors(torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1), self.s)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        return [{"params": [self.A], "lr": lr}, {"params": [self.B], "lr": lr * self.lr_ratio}]
 
     def to_peft(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        return self._named(*self.factors()[:2])
+
+    def slots(self) -> dict[str, Tensor]:
+        return self._named(self.A, self.B)
+
+    def _named(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        if self.kind == "embedding":
+            return {"lora_embedding_A": A, "lora_embedding_B": B}
+        if (
+            self.kind == "experts"
+        ):  # one matrix each: of A the experts' rows one after the other, of B their columns mixed
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def from_peft(self, tensors: dict[str, Tensor]) -> None:
+        if self.kind == "experts":
+            experts, out, r = self.B.shape
+            A, B = tensors["lora_A.weight"], tensors["lora_B.weight"].view(out, r, experts).permute(2, 0, 1)
+            with torch.no_grad():
+                self.A.copy_(A.view(self.A.shape))
+                self.B.copy_(B)
+        else:
+            super().from_peft(tensors)
 
     def extra_repr(self) -> str:
         return f"r={self.A.shape[-2]}, s={self.s:g}"
+
+
+def _low_rank(x: Tensor, A: Tensor, B: Tensor) -> Float[Tensor, "*lead out"]:
+    """B (A x)."""
+    low = through(x, A)
+    return F.linear(low, B.to(low.dtype))

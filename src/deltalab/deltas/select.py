@@ -1,6 +1,6 @@
 """Which weights a delta goes to. A selection is a value that prints; what matches nothing is an error, never skipped.
 
-A target is a preset (`q,v`, `attention`, `mlp`, `all-linear`), the name of a linear (`q_proj`, `self_attn.q_proj`, or
+A target is a preset (`q,v`, `k,v,down`, `attention`, `mlp`, `all-linear`), the name of a linear (`q_proj`, `self_attn.q_proj`, or
 the whole path), a shell pattern (`layers.0.*`) or `re:` and a regular expression for the whole path. Presets go by the
 structure of the blocks, so they never take embeddings or the output layer; experts held as 3-D parameters belong to
 `mlp` and `all-linear`. An embedding is taken by a target that matches no linear.
@@ -17,10 +17,13 @@ from torch import nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.sites import Place, base_modules, linears, places, stacked_parameters
 
-PRESETS = ("q,v", "attention", "mlp", "all-linear")
+PRESETS = ("q,v", "k,v,down", "attention", "mlp", "all-linear")
 QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
+KEY = {"k_proj", "key", "k_lin", "wk", "k"}
 VALUE = {"v_proj", "value", "v_lin", "wv", "v"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "in_proj", "wqkv"}
+DOWN = ("down_proj", "fc2", "c_proj", "wo", "Wo", "w2", "dense_4h_to_h", "fc_out", "output.dense", "lin2", "ff_out", "ffn_output")
+"""The last linear of an MLP, by the names and ends of paths that models give it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,12 @@ def scored_linears(model: nn.Module) -> dict[str, nn.Module]:
     The module's own weight, `weight_of(module)`, (out, in), is the base weight, adapted or not.
     Raises: UserError if a block holds experts as 3-D parameters.
     """
-    _refuse_experts(model, "scored linears", set())
+    return block_linears(model, "scored linears")
+
+
+def block_linears(model: nn.Module, what: str) -> dict[str, nn.Module]:
+    """Every linear of the blocks, for `what`. Raises: UserError, naming `what`, if a block holds experts as 3-D parameters."""
+    _refuse_experts(model, what, set())
     return _in_blocks(model)
 
 
@@ -98,7 +106,7 @@ def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         raise UserError(
             f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
         )
-    sizes = {name: sum(p.numel() for p in blocks.parameters()) for name, blocks in lists.items()}
+    sizes = {name: sum(t.numel() for t in [*blocks.parameters(), *blocks.buffers()]) for name, blocks in lists.items()}
     order = sorted(lists, key=lambda name: sizes[name], reverse=True)
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return {name: lists[name] for name in order[: 2 if both else 1]}
@@ -199,6 +207,11 @@ def in_attention(name: str) -> bool:
     )
 
 
+def ends_mlp(name: str) -> bool:
+    """Whether a weight of this path is the last linear of an MLP."""
+    return not in_attention(name) and any(name == end or name.endswith("." + end) for end in DOWN)
+
+
 def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
     """The weights of a preset.
 
@@ -206,7 +219,7 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
     """
     inside = _in_blocks(model)
     experts: set[str] = set()
-    if preset in ("mlp", "all-linear"):
+    if preset in ("k,v,down", "mlp", "all-linear"):
         experts = {name for name, place in there.items() if place.kind == "experts"}
         _refuse_experts(model, f"preset '{preset}'", experts)
     if preset == "q,v":
@@ -215,6 +228,8 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
         if not found and fused:
             raise UserError(f"preset 'q,v' matches nothing in {_called(model)}: query, key and value are one fused linear there.",
                             found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
+    elif preset == "k,v,down":
+        found = _keys_values_down(model, inside, experts)
     else:
         keep: dict[str, Callable[[str], bool]] = {
             "attention": in_attention,
@@ -227,6 +242,20 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
             f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model)
         )
     return found
+
+
+def _keys_values_down(model: nn.Module, inside: Iterable[str], experts: set[str]) -> set[str]:
+    """Keys and values, whole fused linears where they are a part of one, and the last linears of the MLPs.
+
+    Raises: UserError where there is nothing of the one or of the other.
+    """
+    keys_values = {name for name in inside if leaf(name) in KEY | VALUE} or {n for n in inside if leaf(n) in FUSED}
+    down = {name for name in {*inside, *experts} if ends_mlp(name)}
+    for found, what in ((keys_values, "no keys and values"), (down, "no last linear of an MLP")):
+        if not found:
+            raise UserError(f"preset 'k,v,down' finds {what} in {_called(model)} by their usual names.",
+                            found=", ".join(sorted({leaf(name) for name in inside})), next=f"name the targets\n  {_see(model)}")  # fmt: skip
+    return keys_values | down
 
 
 def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:

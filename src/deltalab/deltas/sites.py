@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import LINEARS, Delta, Kind, Site, as_stored, shape_of, weight_of, wide
+from deltalab.quant.linear import GroupLinear
 
 
 class ExpertDeltas(nn.ModuleDict):
@@ -37,10 +38,17 @@ class Place(NamedTuple):
         return as_stored(self.module, W)
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the module keeps it."""
+    def parameter(self) -> Tensor:
+        """The weight as the module keeps it: a parameter, or the codes of a `GroupLinear`."""
+        if isinstance(self.module, GroupLinear):
+            return self.module.codes
         found = self.module._parameters.get(self.name)
         return getattr(self.module, self.name) if found is None else found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `W`."""
+        return self.module.dtype if isinstance(self.module, GroupLinear) else self.parameter.dtype
 
     @property
     def W(self) -> Tensor:
@@ -51,7 +59,8 @@ class Place(NamedTuple):
         """What a delta for this place is built from."""
         W = self.parameter
         shape = tuple(self.W.shape) if self.kind == "experts" else shape_of(self.module)
-        return Site(path, shape, self.kind, wide(W.dtype), W.device)
+        group = self.module.group_size if isinstance(self.module, GroupLinear) else None
+        return Site(path, shape, self.kind, wide(self.dtype), W.device, group)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -62,6 +71,13 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             deltas += (name + ".",)
         elif not deltas or not name.startswith(deltas):
             yield name, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, str]:
+    """Every name of the model's own parameters -> the one that `named_parameters` gives it; tied ones have several."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(p), name) for name, p in named if ".delta." not in name}
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,6 +114,17 @@ def place(model: nn.Module, path: str) -> Place:
         if parameter in expert_weights(module):
             return Place(module, parameter, "experts")
     raise UserError(f"'{path}' is no weight that a delta can sit on.")
+
+
+def looked_at(W: Tensor, method: str) -> Tensor:
+    """W, for a method that has to know its values. Raises: UserError where only a quantiser's codes are there."""
+    if not W.dtype.is_floating_point:
+        raise UserError(
+            f"{method} looks at the weight here, and it is quantised.",
+            found=str(W.dtype),
+            next="load the model without quantisation, or take a method that needs no weight: LoRA",
+        )
+    return W
 
 
 def expert_weights(module: nn.Module) -> list[str]:

@@ -43,14 +43,13 @@ class Adaptation:
     """What `adapt` did, and the adapters that are not active.
 
     name: of the active adapter. was_trainable: requires_grad before. start: CPU copies of the own parameters that train.
-    moved: CPU copies of the base weights that part was moved out of, by a start that does so. parked: the others, by name.
+    parked: the others, by name.
     """
 
     groups: list[Group]
     masks: list[ParameterSpec]
     was_trainable: dict[str, bool]
     start: dict[str, Tensor] = field(default_factory=dict)
-    moved: dict[str, Tensor] = field(default_factory=dict)
     not_saved: set[str] = field(default_factory=set)
     name: str = "default"
     parked: dict[str, Any] = field(default_factory=dict)
@@ -59,11 +58,6 @@ class Adaptation:
     def plan(self) -> dict[str, DeltaSpec]:
         """Path -> the spec of that weight alone."""
         return {path: spec for group in self.groups for path, spec in group.spec.each(group.paths).items()}
-
-    @property
-    def originals(self) -> dict[str, Tensor]:
-        """CPU copies of every parameter of the base model that is not what was loaded, by name."""
-        return self.moved | self.start
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -89,7 +83,7 @@ def grouped(model: nn.Module) -> list[tuple[Group, dict[str, Delta]]]:
 
 def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter and saved buffer of the base model, as it was loaded."""
-    originals = adaptation(model).originals
+    originals = adaptation(model).start
     for name, tensor in model.state_dict().items():
         if ".delta." not in name:
             yield name, originals.get(name, tensor)
@@ -98,7 +92,7 @@ def base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
     """ΔW of the weight at `path`, (out, in), of experts (experts, out, in), in fp32 or wider; zeros where none.
 
-    W − W₀ where W itself trains, or where a start moved part of it into the delta.
+    W − W₀ where W itself trains.
     """
     W, original, delta = _look(model, path)
     if original is None:
@@ -112,8 +106,17 @@ def delta_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
 
 
 def merged_weight(model: nn.Module, path: str) -> Float[Tensor, "..."]:
-    """W + ΔW of the weight at `path`, shaped as `delta_weight`, in fp32 or wider: never rounded to a 16-bit dtype."""
+    """W + ΔW of the weight at `path`, shaped as `delta_weight`, in fp32 or wider: never rounded to a 16-bit dtype.
+
+    Raises: UserError for a weight that is quantised in another way than by groups.
+    """
     W, _, delta = _look(model, path)
+    if not W.dtype.is_floating_point:
+        raise UserError(
+            f"'{path}' is kept as codes that are not read as a weight here, so there is no merged weight.",
+            found=type(_place(model, path).module).__name__,
+            next="merge on the full-precision model: deltalab.load_adapter on deltalab.load(name), then deltalab.merged",
+        )
     W = W.to(wide(W.dtype))
     with torch.no_grad():
         return W.clone() if delta is None else delta.adapted(W)
@@ -170,7 +173,7 @@ def _look(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, WeightDel
     """(W, W₀ on its device if W is not what was loaded, the delta on it if any) of the weight at `path`."""
     held = _place(model, path)
     W, original = held.W.detach(), None
-    originals, name = adaptation(model).originals, path.removesuffix(".weight")
+    originals, name = adaptation(model).start, path.removesuffix(".weight")
     own = held.parameter
     names = [n for n in (f"{name}.weight", name) if n in originals]
     names = names or [n for n, t in originals.items() if t.shape == own.shape]  # a tied weight goes by another name

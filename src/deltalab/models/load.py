@@ -18,8 +18,11 @@ from torch import nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json
-from deltalab.deltas.adapt import base_state
+from deltalab.deltas import adapt as deltas
+from deltalab.deltas.quantise import quantise
+from deltalab.models.heads import auto_class
 from deltalab.models.precision import require_bfloat16
+from deltalab.quant.linear import quantiser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUNDLED = "organism"
@@ -35,22 +38,33 @@ TOKENIZER_FILES = (
 
 def load(
     name: str | Path, *, dtype: str | torch.dtype | None = None, device_map: Any = None, revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, head: str | None = None, quantize: str | None = None, group_size: int | None = None, adapt: Any = None,
+    seed: int = 0, calibration: deltas.Batches | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:  # fmt: skip
-    """A causal language model in eval mode, and its tokenizer with a pad token.
+    """A model in eval mode, and its tokenizer with a pad token.
 
     name: a folder, a hub name, or the bundled `organism` (the same as `organism:chat`) and `organism:base`.
     dtype: None is float32, in which measures are defined; "auto" is the file's own.
+    head: what sits on the model's body, see `deltalab.models.heads`: CausalLM, SequenceClassification, …; None is what its
+    config says.
+    quantize: `int4` or `int8`: the linears of the blocks become codes in groups of `group_size` inputs, see
+    `deltalab.quant.groups`; None for groups of 32 or the next smaller size that fits.
+    adapt: what to put on it at once, see `deltalab.adapt`, with its seed and calibration. Where it is quantised too, a
+    start looks at the weights before, and LoftQ's at what quantising does to them.
     Raises: UserError if a file is missing, cut off or pickled, if the file's tensors are not the model's, the hub
-    cannot be reached, or the model is bfloat16 where nothing here computes in it.
+    cannot be reached, the model is bfloat16 where nothing here computes in it, it cannot be quantised so, or as
+    `deltalab.adapt`.
     """
     name = str(name)
-    wanted = _dtype(dtype)
+    wanted, how = _dtype(dtype), None if quantize is None else quantiser(quantize, group_size)
+    if how is None and group_size is not None:
+        raise UserError("group_size says how to quantise, and nothing is quantised.", next="quantize='int4' or 'int8'")
     source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _told(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        model, info = auto_class(config, head).from_pretrained(
             source,
             dtype=wanted,
             device_map=device_map,
@@ -73,7 +87,12 @@ def load(
         require_bfloat16(model.device, "dtype='float32'")
     if _is_bundled(name):
         model.config._name_or_path = name  # the folder depends on the machine
-    return model.eval(), tokenizer
+    model.eval()
+    if how is not None:
+        quantise(model, how, adapt, seed=seed, calibration=calibration)
+    elif adapt is not None:
+        deltas.adapt(model, adapt, seed=seed, calibration=calibration)
+    return model, tokenizer
 
 
 def load_tokenizer(
@@ -96,7 +115,7 @@ def load_tokenizer(
 def model_digest(model: nn.Module) -> str:
     """Twelve hex digits of the SHA-256 of the base weights, names and dtypes included; the same adapted or not."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_state(model)):
+    for name, tensor in sorted(deltas.base_state(model)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
@@ -223,7 +242,7 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     hint = (
         "pass trust_remote_code=True if you trust its code"
         if "trust_remote_code" in text
-        else "check that it is a causal language model and that its files are whole"
+        else "check that its files are whole, and that transformers knows this kind of model"
     )
     return UserError(f"model '{name}' cannot be loaded.", found=text[:300], next=hint)
 

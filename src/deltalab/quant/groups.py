@@ -71,9 +71,13 @@ def unpack(packed: UInt8[Tensor, "out bytes"], bits: int, in_features: int) -> U
 
 
 def default_group(in_features: int) -> int:
-    """The largest group that divides the inputs, at most GROUP. Raises: UserError if it would be below LEAST."""
-    largest = max(g for g in range(1, GROUP + 1) if in_features % g == 0)
-    if largest < min(LEAST, in_features):
+    """The largest group that divides the inputs, at most GROUP, of at least two groups a row.
+
+    Raises: UserError if it would be below LEAST.
+    """
+    half = max(in_features // 2, 1)
+    largest = max(g for g in range(1, min(GROUP, half) + 1) if in_features % g == 0)
+    if largest < min(LEAST, half):
         raise UserError(
             f"{in_features} inputs fall into no equal groups of {LEAST} to {GROUP}.",
             found=f"the divisors of {in_features}: {_divisors(in_features)}",

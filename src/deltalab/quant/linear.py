@@ -125,7 +125,10 @@ class _Product(torch.autograd.Function):
 
 
 class Quantiser(NamedTuple):
-    """How linears are quantised. group_size: of each; None for the largest that divides its inputs, at most 32."""
+    """How linears are quantised.
+
+    group_size: of each; None for the largest at most 32 that makes two equal groups or more of its inputs.
+    """
 
     bits: int
     group_size: int | None = None

@@ -15,12 +15,13 @@ from deltalab.core.files import owned, remove
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
+from deltalab.data.collate import collate
 from deltalab.data.tasks import Task
-from deltalab.deltas.adapt import adapt, trainable
-from deltalab.deltas.base import ParameterSpec
+from deltalab.deltas.adapt import Batches, trainable
+from deltalab.deltas.base import DeltaSpec, ParameterSpec
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
-from deltalab.models.load import load, model_digest
+from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.devices import processes
@@ -32,6 +33,8 @@ from deltalab.train.spec import LoopSpec, TrainSpec
 
 LONGEST = 1024
 """Default limit of a sample in tokens where the model's own context is longer: memory grows with it."""
+CALIBRATION = 64
+"""Training samples that a start which looks at activations is given."""
 
 Samples = Sequence[Encoded] | Sequence[Conversation]
 
@@ -56,11 +59,14 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         if spec.run.dtype == "bfloat16":
             require_bfloat16(processes().device)
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
-        # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
-        model, tokenizer = load(spec.model, dtype="float32" if own_weights else spec.run.dtype)
-        base = model_digest(model)
         device = processes().device
-        adapt(model.to(device), spec.adapt, seed=spec.seed)
+        # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
+        model, tokenizer = load(
+            spec.model, dtype="float32" if own_weights else spec.run.dtype,
+            device_map=None if device.type == "cpu" else device,
+            adapt=spec.adapt, seed=spec.seed, calibration=calibration(spec, conversations, tests),
+        )  # fmt: skip
+        base = model_digest(model)
         say(str(trainable(model)), progress)
         before = scores(spec, model, tokenizer)
         result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
@@ -116,6 +122,17 @@ def read_data(spec: TrainSpec) -> tuple[list[Conversation], list[Conversation]]:
     """The conversations of all tasks to train on, and those that the tasks bring to test on."""
     tasks: Sequence[Task] = spec.data
     return [c for task in tasks for c in task.train()], [c for task in tasks for c in task.test()]
+
+
+def calibration(spec: TrainSpec, data: Samples, test: Samples) -> Batches | None:
+    """Batches of the first training samples, if the start of a delta looks at activations."""
+    if not any(isinstance(item, DeltaSpec) and item.calibrates for item in spec.adapt):
+        return None
+    config, tokenizer = load_tokenizer(spec.model)
+    samples = as_encodings(tokenizer, data, context_of(config, spec), spec)
+    train_set = (list(samples) if len(test) else hold_out(samples, spec)[0])[:CALIBRATION]
+    size = spec.optim.batch
+    return [collate(train_set[i : i + size], tokenizer.pad_token_id or 0) for i in range(0, len(train_set), size)]
 
 
 def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

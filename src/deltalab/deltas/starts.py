@@ -1,0 +1,108 @@
+"""Starts of A and B that look at the model: at the weights, at how these are quantised, or at what flows through them.
+
+The mathematics is in `deltalab.deltas.init`; here is what it is given, and when it cannot be.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltalab.core.errors import UserError
+from deltalab.core.shapes import Float
+from deltalab.deltas.base import Factors, Start
+from deltalab.deltas.init import Pair, eva, loftq, olora, pissa, pissa_fast
+from deltalab.deltas.moments import moments
+from deltalab.deltas.sites import place
+
+PARTS = ("pissa", "olora")
+"""Starts that are a part of W, so that the change is counted from there."""
+LOOKING = (*PARTS, "loftq", "eva")
+
+
+def looked_for(
+    how: str, model: nn.Module, drawn: Mapping[str, Factors], start: Start, svd_steps: int | None
+) -> Iterator[tuple[str, Pair]]:
+    """(path, A and B) of each module, one matrix at a time. drawn: what the modules hold; its A is random.
+
+    Raises: UserError if the weight is quantised already, or the start lacks what it looks at.
+    """
+    if how in ("eva", "loftq"):
+        _linears_alone(model, drawn, how)
+    if how == "eva":
+        yield from _from_inputs(model, drawn, start)
+        return
+    for path, (A, _, s) in drawn.items():
+        W, r = _weight(model, path, how).to(A.dtype), A.shape[-2]
+        if how == "olora":
+            yield path, olora(W, r)
+        elif how == "pissa":
+            yield path, pissa(W, r, s) if svd_steps is None else pissa_fast(W, r, s, A, svd_steps)
+        elif start.quantising is None or path not in start.quantising:
+            raise UserError(
+                f"init='loftq' makes up for the error of quantising, and '{path}' is not being quantised.",
+                next="deltalab.load(name, quantize='int4', adapt=LoRA(init='loftq'))",
+            )
+        else:
+            yield path, loftq(W, r, s, start.quantising.quantiser.round_trip)[0]
+
+
+def require_same_again(how: str, model: nn.Module, paths: Iterable[str], svd_steps: int | None) -> None:
+    """Raises: UserError unless the weights alone say what peft takes for the start when it loads a file."""
+    if how == "loftq" or svd_steps is not None:
+        raise UserError(
+            f"the adapter belongs to a base that '{how}' changed when it began, and that cannot be made again.",
+            next="convert it with peft to plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+    _linears_alone(model, paths, how)
+    turned = [path for path in paths if isinstance(place(model, path).module, Conv1D)]
+    if turned and how == "olora":
+        raise UserError(
+            f"peft's OLoRA takes the weight of '{turned[0]}' transposed, which is another start.",
+            next="convert it with peft to plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+
+
+def _from_inputs(model: nn.Module, drawn: Mapping[str, Factors], start: Start) -> Iterator[tuple[str, Pair]]:
+    if not start.calibration:
+        raise UserError(
+            "init='eva' starts from activations, and there are no batches to see any.",
+            next="deltalab.adapt(model, spec, calibration=batches), batches of the model's inputs",
+        )
+    modules = {path: place(model, path).module for path in drawn}
+    for path, seen in moments(model, modules, start.calibration):
+        A, B, _ = drawn[path]
+        r = A.shape[-2]
+        if seen.count <= r:
+            raise UserError(
+                f"init='eva' finds no {r} directions in {seen.count} tokens, which is what reached '{path}'.",
+                found=f"{len(start.calibration)} calibration batches",
+                next="give more of them",
+            )
+        yield path, Pair(eva(seen.scatter, r), torch.zeros_like(B))
+
+
+def _weight(model: nn.Module, path: str, how: str) -> Float[Tensor, "*e out in"]:
+    """The weight at `path`. Raises: UserError where it is quantised."""
+    where = place(model, path)
+    W = where.W.detach()
+    if (
+        isinstance(where.parameter, nn.Parameter)
+        and W.dtype.is_floating_point
+        and tuple(W.shape) == where.site(path).shape
+    ):
+        return W
+    raise UserError(
+        f"init='{how}' looks at the weight of '{path}', which is quantised already.",
+        next="quantise while adapting, deltalab.load(name, quantize='int4', adapt=...), or init='kaiming'",
+    )
+
+
+def _linears_alone(model: nn.Module, paths: Iterable[str], how: str) -> None:
+    """Raises: UserError naming the first of `paths` that is no linear."""
+    for path in paths:
+        if place(model, path).kind != "linear":
+            raise UserError(
+                f"init='{how}' is for linears, and '{path}' is none.", next="leave it out, or another init for it"
+            )
