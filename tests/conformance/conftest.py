@@ -37,18 +37,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ids = [f"{name}-{kind}" for name, _, kind in named]
         metafunc.parametrize(("method", "kind"), [(cls, kind) for _, cls, kind in named], ids=ids)
         return
-    wanted = getattr(metafunc.function, "families", lambda family: True)
-    families = [name for name, family in FAMILIES.items() if wanted(family)]
+    function = metafunc.function
+    meets, suits = getattr(function, "families", _any), getattr(function, "methods", _any)
+    families = [name for name, family in FAMILIES.items() if meets(family)]
+    those = {name: cls for name, cls in methods().items() if suits(cls)}
     tests = [name for name, f in vars(metafunc.module).items() if name.startswith("test_") and inspect.isfunction(f)]
-    test = tests.index(metafunc.function.__name__)
+    test = tests.index(function.__name__)
     cases = [
         pytest.param(
             cls,
             family,
             id=f"{name}-{family}",
-            marks=[] if chosen(i, j, len(methods()), len(families), test) else pytest.mark.slow,
+            marks=[] if chosen(i, j, len(those), len(families), test) else pytest.mark.slow,
         )
-        for i, (name, cls) in enumerate(methods().items())
+        for i, (name, cls) in enumerate(those.items())
         for j, family in enumerate(families)
     ]
     metafunc.parametrize(("method", "family"), cases)
+
+
+def _any(of: object) -> bool:
+    return True

@@ -5,6 +5,7 @@ merged model is held to 3e-2 of the adapted one's logits there, and to 1e-5 in f
 """
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -15,8 +16,8 @@ from torch.func import functional_call
 import deltalab as dl
 from deltalab.deltas.adapt import adaptation, attached, merged_weight, param_groups
 from deltalab.deltas.attach import attach
-from deltalab.deltas.base import DeltaSpec, WeightDelta
-from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.deltas.base import Delta, DeltaSpec, WeightDelta
+from deltalab.deltas.peft_format import WEIGHTS, load_trained_state, trained_state
 from deltalab.deltas.sites import Place, place, places
 from tests.deltas.perturb import perturbed, states_equal
 from tests.families import FAMILIES, WIDTH, inputs, logits, loss_of, model_of
@@ -36,6 +37,12 @@ def of(wanted):
 def where_it_sits(test):
     """For each method only the kinds of weight that it sits on."""
     test.where_it_sits = True
+    return test
+
+
+def with_experts(test):
+    """For the methods that sit on experts."""
+    test.methods = lambda method: "experts" in method.sits_on
     return test
 
 
@@ -192,20 +199,34 @@ def test_autocast(method, family):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**inputs(model))
     out.loss.backward()
-    assert_close_by_norm(out.logits.float(), want, 5e-2)
+    if FAMILIES[family].experts:  # rounding may send a token to another expert: half of the tokens stay where they were
+        away = (out.logits.float() - want).detach().norm(dim=-1) / want.norm(dim=-1)
+        assert float(away.median()) <= 2e-2
+    else:
+        assert_close_by_norm(out.logits.float(), want, 5e-2)
     grads = gradients(model)
     assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(g.dtype is torch.float32 and g.isfinite().all() for g in grads.values())
 
 
+def parameters(model):
+    return {name: p for name, p in model.named_parameters() if ".delta." in name}
+
+
 def test_save_and_load_are_bitwise(method, family, tmp_path):
-    model = driven(perturbed(dl.adapt(model_of(family), method(targets="attention"))), method)
+    model = adapted(method, family)
     dl.save_adapter(model, tmp_path / "adapter")
     other = dl.load_adapter(model_of(family), tmp_path / "adapter")
-    assert torch.equal(logits(other), logits(model))
-    ours, theirs = trained_state(model), trained_state(other)
+    ours, theirs = parameters(model), parameters(other)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if all(ours[key].shape == theirs[key].shape for key in ours):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert torch.equal(logits(other), logits(model))
+    else:  # a file without what was pruned: other sums, of the same terms
+        assert_close_by_norm(logits(other), logits(model), FAMILIES[family].merged)
+    dl.save_adapter(other, tmp_path / "again")
+    file, again = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("adapter", "again"))
+    assert file == again
 
 
 def test_trained_state_is_bitwise(method, family):
@@ -329,6 +350,51 @@ def test_masked_delta_computes_its_masked_weight(method, family):
     assert_close_by_norm(logits(dl.merged(model)), logits(model), 1e-10)
 
 
+@with_experts
+@of(lambda family: family.experts)
+def test_experts_compute_the_same_by_every_implementation(method, family):
+    model = adapted(method, family)
+    batch = inputs(model)
+    found = {}
+    for way in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(way)
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        found[way] = out.logits.detach(), gradients(model)
+    want, grads = found.pop("eager")
+    bound = FAMILIES[family].merged
+    for got, others in found.values():
+        assert_close_by_norm(got, want, bound)
+        assert others.keys() == grads.keys()
+        for name in grads:
+            assert_close_by_norm(others[name], grads[name], max(10 * bound, 1e-4))
+
+
+@with_experts
+@of(lambda family: family.experts)
+def test_experts_hold_an_adapted_copy_only_while_they_compute(method, family):
+    model = adapted(method, family)
+    seen = []
+    for module in {id(p.module): p.module for p in places(model).values() if p.kind == "experts"}.values():
+        W = module._parameters["down_proj"]
+        original = module._apply_gate
+
+        def gate(*args, module=module, W=W, original=original):
+            seen.append((module.down_proj is not W, not torch.equal(module.down_proj, W)))
+            return original(*args)
+
+        module._apply_gate = gate
+        assert module.down_proj is W
+    logits(model)
+    assert seen
+    assert all(copied and other for copied, other in seen)
+    for held in places(model).values():
+        if held.kind == "experts":
+            assert getattr(held.module, held.name) is held.module._parameters[held.name]
+            assert "_shown" not in held.module.__dict__
+
+
 PATHS = {
     "linear": "model.layers.0.self_attn.q_proj",
     "embedding": "model.embed_tokens",
@@ -349,10 +415,18 @@ def test_a_kind_of_weight_is_taken_or_refused_by_name(method, kind):
     assert states_equal(model, model_of("mixtral"))
 
 
+def holding_constants(module):
+    """What a method's backward takes for a constant stays what it first is: finite differences have to hold it too."""
+    for delta in module.modules():
+        if isinstance(delta, Delta):
+            delta.constant = functools.partial(lambda first, value: first.setdefault("value", value.detach()), {})
+
+
 @where_it_sits
 def test_gradients_against_finite_differences(method, kind):
     model = double(perturbed(dl.adapt(model_of("mixtral"), method(targets=[PATHS[kind]])), 0.3))
     held = place(model, PATHS[kind])
+    holding_constants(held.module)
     values = {f"delta.{n}": p for n, p in held.module.delta.named_parameters()}
     leaves = [p.detach()[..., :40].clone().requires_grad_() for p in values.values()]  # enough of a long row
 
