@@ -84,11 +84,11 @@ class AdaLoRA(DeltaSpec):
     def after_step(self, deltas: Mapping[str, Delta], t: int | None, total: int | None) -> None:
         """Observe the sensitivities, and prune where the schedule says so; from step total − tfinal on ranks are final.
 
-        Raises: UserError if the number of steps is not known or too small, or the gradients are gone.
+        Raises: UserError if the number of steps is not known or does not fit, or the gradients are gone.
         """
         own = _own(deltas)
-        before, last_before, total_before = _any(own).clock.tolist()
-        schedule = self._schedule(total, total_before)
+        before, last_before, known = _any(own).clock.tolist()
+        schedule = budget.schedule(self.tinit, self.tfinal, self.total_step, total, known)
         t = before + 1 if t is None else t
         if t < schedule.last:
             if all(delta.E.grad is None for delta in own.values()):
@@ -108,38 +108,19 @@ class AdaLoRA(DeltaSpec):
                 budget.forget(delta)
             delta.clock.copy_(torch.tensor([t, schedule.last, schedule.total]))
 
-    def _schedule(self, total: int | None, known: int) -> Schedule:
-        """Raises: UserError if it does not fit into the steps of the run."""
-        if self.total_step and total and self.total_step > total:
-            raise UserError(
-                f"AdaLoRA's schedule is {self.total_step} steps long, and this training has {total}: it would not end.",
-                next=f"AdaLoRA(total_step={total}), or leave total_step out",
-            )
-        steps = self.total_step or total or known
-        if not steps:
-            raise UserError(
-                "AdaLoRA's schedule needs the number of optimizer steps, and nobody has said it.",
-                next="deltalab.step(model, total=1000), or deltalab.AdaLoRA(total_step=1000)",
-            )
-        found = Schedule.of(self.tinit, self.tfinal, steps)
-        if found is None:
-            raise UserError(
-                f"AdaLoRA has no step to prune in: tinit {self.tinit}, tfinal {self.tfinal}, {steps} steps.",
-                next="lower tinit and tfinal, for example AdaLoRA(tinit=0.1, tfinal=0.3), or train longer",
-            )
-        return found
-
     def require_ready(self, deltas: Mapping[str, Delta]) -> None:
         """Raises: UserError if it trained and its schedule did not end: that would be LoRA with a penalty."""
         own = _own(deltas)
         t, last, _ = _any(own).clock.tolist()
         trained = any(not torch.equal(delta.E, delta.start) for delta in own.values())
         over = sum(len(delta.E) for delta in own.values()) > self.target_r * len(own)
-        done = budget.ended(_any(own)) and not any(delta.E[~delta.mask].any() for delta in own.values())
-        if trained and over and not done:
+        grown = any(delta.E[~delta.mask].any() for delta in own.values())
+        ended = budget.ended(_any(own))
+        if trained and over and (grown or not ended):
+            short = f"it stopped at step {t} of {last}" if last else "it never began"
             raise UserError(
-                "AdaLoRA was trained, and its schedule did not run to its end: the ranks are not what they should be.",
-                found=f"step {t} of {last}" if last else "a schedule that never began",
+                "AdaLoRA was trained, and its schedule did not run to the end: the ranks are not what they should be.",
+                found="training went on without it" if ended else short,
                 next="after each optimizer.step() call deltalab.step(model, t, total), or train with deltalab.train, or with transformers.Trainer and a deltalab.TrainerCallback()",
             )
 
@@ -166,18 +147,20 @@ class AdaLoRA(DeltaSpec):
     @classmethod
     def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
         fields = {field: config[key] for field, key in SAME.items() if config.get(key) is not None}
-        init_r = fields.get("init_r", 12)
-        fields |= {"betas": (config.get("beta1", 0.85), config.get("beta2", 0.85)), "targets": paths, "init_r": init_r}
-        fields["target_r"] = min(fields.get("target_r", 8), init_r)  # peft's default is 8, whatever init_r is
-        fields["tinit"], fields["tfinal"] = fields.get("tinit", 0), fields.get("tfinal", 0)
-        fields["rank_pattern"] = {}
+        given = {"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, **fields}  # peft's defaults
+        given["target_r"] = min(given["target_r"], given["init_r"])  # as there: it prunes nothing
+        given["betas"] = (config.get("beta1", 0.85), config.get("beta2", 0.85))
+        ranks = {}
         for name, rows in (config.get("rank_pattern") or {}).items():
             path = name.removesuffix(".default").removesuffix(".lora_E")
-            if path not in paths or not isinstance(rows, list) or len(rows) != init_r:
-                raise UserError(f"the adapter's rank_pattern for '{name}' does not fit.", found=str(rows)[:60],
-                                next=f"it should name a target of the adapter and list {init_r} times true or false")  # fmt: skip
-            fields["rank_pattern"][path] = sum(rows)
-        return build(cls, fields, "the adapter's config")
+            if path not in paths or not isinstance(rows, list) or len(rows) != given["init_r"]:
+                raise UserError(
+                    f"the adapter's rank_pattern for '{name}' does not fit.",
+                    found=str(rows)[:60],
+                    next=f"it should name a target of the adapter and list {given['init_r']} times true or false",
+                )
+            ranks[path] = sum(rows)
+        return build(cls, {**given, "targets": paths, "rank_pattern": ranks}, "the adapter's config")
 
 
 class AdaLoRADelta(WeightDelta):

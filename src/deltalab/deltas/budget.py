@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 
 PARTS = ("A", "E", "B")
@@ -31,6 +32,31 @@ class Schedule(NamedTuple):
     def left(self, t: int) -> float:
         """How much of what goes is still there after step t: from 1 down to 0, by the cube of the time that is left."""
         return (1 - (t - self.first) / (self.last - self.first)) ** 3 if t < self.last else 0.0
+
+
+def schedule(tinit: int | float, tfinal: int | float, own: int | None, told: int | None, known: int) -> Schedule:
+    """The schedule of a run. own: total steps by the spec; told: by the loop; known: by an earlier call, or zero.
+
+    Raises: UserError if nobody says it, or it does not fit.
+    """
+    if own and told and own > told:
+        raise UserError(
+            f"the schedule is {own} steps long, and this training has {told}: it would not end.",
+            next=f"total_step={told}, or leave total_step out",
+        )
+    total = own or told or known
+    if not total:
+        raise UserError(
+            "the schedule needs the number of optimizer steps, and nobody has said it.",
+            next="deltalab.step(model, total=1000), or total_step=1000 in the spec",
+        )
+    found = Schedule.of(tinit, tfinal, total)
+    if found is None:
+        raise UserError(
+            f"there is no step to prune in: tinit {tinit}, tfinal {tfinal}, {total} steps.",
+            next="lower tinit and tfinal, for example tinit=0.1, tfinal=0.3, or train longer",
+        )
+    return found
 
 
 def steps(given: int | float, total: int) -> int:
