@@ -166,8 +166,7 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         tensors |= {f"{key_of(model, path, list(plan))}.{key}": t for key, t in delta.to_peft().items()}
     tensors |= {SHARED + key: t for key, t in state.groups[0].spec.shared_to_peft(deltas).items()}
     config = kind.whole_peft(config, list(plan))
-    said = kind.whole_peft(config, list(plan))
-    return {key: value for key, value in said.items() if key not in kind.peft_lacks}, tensors
+    return {key: value for key, value in config.items() if key not in kind.peft_lacks}, tensors
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -20,8 +20,8 @@ from deltalab.deltas.sites import base_modules, base_parameters, expert_weights,
 PREFIX = "base_model.model."
 SHARED = "base_model."
 """Before the keys of tensors that modules share; in the own format a group's number follows, for there are several."""
-AGAIN = re.compile(r"\.(original_module|modules_to_save)\.[^.]*bias$")
-"""Keys of biases that peft writes a second time."""
+AGAIN = re.compile(r"\.(original_module|modules_to_save)\.[^.]*$")
+"""Keys of tensors that peft writes a second time."""
 TASKS: dict[str, Mapping[str, Any]] = {
     "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -168,8 +168,8 @@ def of_the_base(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors without what only repeats the base, and key -> name of the embeddings that differ from the base's.
 
-    peft writes the embeddings as well when a delta sits on one, or when tokens were added; and with `bias="all"` both
-    the original and the trained bias of each module that it saves.
+    peft writes the embeddings as well when a delta sits on one, or when tokens were added; then, and with `bias="all"`,
+    also the original and the trained tensors of a module that it saves anyway.
     """
     kept = {key: t for key, t in tensors.items() if key in own or not AGAIN.search(key)}
     beside: dict[str, str] = {}
