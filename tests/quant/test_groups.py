@@ -75,7 +75,7 @@ def test_mistakes():
         quantise(torch.randn(2, 48), 4, 32)
     with pytest.raises(dl.UserError, match="not finite"):
         quantise(torch.tensor([[1.0, float("nan")]]), 4, 2)
-    assert [default_group(n) for n in (4096, 11008, 48, 4, 34, 64)] == [32, 32, 24, 4, 17, 32]
+    assert [default_group(n) for n in (4096, 11008, 48, 4, 34, 64, 32, 1)] == [32, 32, 24, 2, 17, 32, 16, 1]
     with pytest.raises(dl.UserError, match="74 inputs") as raised:
         default_group(74)
     assert "37" in str(raised.value)
