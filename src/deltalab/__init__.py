@@ -8,13 +8,15 @@ import sys
 import types
 from typing import Any
 
+from deltalab.deltas import METHODS
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "deltalab.core.errors": ["UserError"],
     "deltalab.models.load": ["load"],
     "deltalab.models.generate": ["generate"],
-    "deltalab.deltas": ["LoRA", "AdaLoRA", "Train", "VeRA"],
+    "deltalab.deltas": [*METHODS, "Train"],
     "deltalab.deltas.adapt": [
         "adapt",
         "trainable",
@@ -36,9 +38,10 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    where = "deltalab.deltas" if name in METHODS else _WHERE.get(name)
+    if where is None:
         raise AttributeError(f"module 'deltalab' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(where), name)
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,7 @@ from deltalab.deltas.base import Site
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.deltas.vera import Projections
 from tests.deltas.perturb import base_of, perturbed, states_equal
+from tests.families import model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
 ALL = ["q_proj", "v_proj", "gate_proj", "down_proj"]  # (32, 32), (16, 32), (48, 32), (32, 48): corners of 48 × 48
@@ -303,3 +304,8 @@ def test_the_state_of_one_model_sets_another():
     other = dl.adapt(tiny_llama(), dl.VeRA(r=8, targets=ALL))
     load_trained_state(other, {key: value.clone() for key, value in trained_state(one).items()})
     assert torch.equal(logits(one), logits(other))
+
+
+def test_dropout_on_experts_is_refused():
+    with pytest.raises(dl.UserError, match=r"dropout=0.1 cannot act on 'model.layers.0.mlp.experts"):
+        dl.adapt(model_of("mixtral"), dl.VeRA(r=8, targets=["down_proj"], dropout=0.1))

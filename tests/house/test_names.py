@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -56,23 +57,43 @@ def mentions(path: Path, names: set[str]) -> list[str]:
     return found
 
 
-def _tag(spec: type) -> list[str]:
-    """The tag that selects a method in a spec: `method: Literal["lora"]`."""
-    return [spec.model_fields["method"].default]  # type: ignore[attr-defined]
+def home(spec: type) -> Path:
+    """The file that a method stands in."""
+    return Path(sys.modules[spec.__module__].__file__ or "")
 
 
 def test_only_the_table_and_its_own_file_name_a_method() -> None:
-    """Its class, its module and its tag. Specs, their defaults, the lazy public names and tests may name methods."""
+    """Its classes, its module and its tag. Defaults of specs, the recipe of the bundled model and tests may name it."""
     from deltalab.deltas import METHODS, methods
 
-    table, wrong = {PACKAGE / "deltas" / "__init__.py", PACKAGE / "__init__.py"}, []
+    table, wrong = PACKAGE / "deltas" / "__init__.py", []
     for name, spec in methods().items():
-        home = Path(sys.modules[spec.__module__].__file__ or "")
-        own = {node.name for node in tree(home).body if isinstance(node, ast.ClassDef)}
-        names = {name, METHODS[name], *own, *_tag(spec)}
-        others = [path for path in modules().values() if path not in {home, *table} and not path.is_relative_to(RECIPE)]
+        classes = {node.name for node in tree(home(spec)).body if isinstance(node, ast.ClassDef)}
+        names = {name, METHODS[name], *classes, spec.model_fields["method"].default}
+        others = [p for p in modules().values() if p not in {home(spec), table} and not p.is_relative_to(RECIPE)]
         wrong += [at for path in others for at in mentions(path, names)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_only_a_methods_own_file_names_its_type_in_peft() -> None:
+    """LORA, which peft has for several of them, may also stand in what these are built on."""
+    from deltalab.deltas import methods
+
+    shared, wrong = {PACKAGE / "deltas" / "__init__.py", PACKAGE / "deltas" / "lowrank.py"}, []
+    for kind in {spec.peft_type for spec in methods().values()} - {None}:
+        homes = shared | {home(spec) for spec in methods().values() if spec.peft_type == kind}
+        wrong += [at for path in modules().values() if path not in homes for at in mentions(path, {str(kind)})]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_line_in_the_table_makes_a_method_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltalab.deltas import METHODS
+
+    module = types.ModuleType("temp_method")
+    module.Other = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "temp_method", module)
+    monkeypatch.setitem(METHODS, "Other", "temp_method")
+    assert deltalab.Other is deltalab.deltas.Other is module.Other
 
 
 @pytest.mark.parametrize("name", deltalab.__all__)

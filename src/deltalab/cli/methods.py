@@ -63,7 +63,8 @@ def row_of(name: str, spec: type["Spec"]) -> Row:
     doc = sys.modules[spec.__module__].__doc__ or ""
     summary = " ".join(doc.split("\n\n")[0].split()).partition(": ")[2].partition(". ")[0].rstrip(".")
     papers = dict.fromkeys(re.findall(r"arXiv:\d{4}\.\d{4,5}", f"{doc} {spec.__doc__}"))
-    defaults = [f"{key} {_short(value)}" for key, value in _defaults(spec).items() if key not in WHERE and value]
+    usual = {key: DeltaSpec.model_fields[key].default for key in WHERE}
+    defaults = [f"{key} {_short(value)}" for key, value in _defaults(spec).items() if value and value != usual.get(key)]
     trains, merges, goes_on, file = "the model's own parameters", "is the weight", "parameters", "own"
     if issubclass(spec, DeltaSpec):
         trains, merges = _built(spec)
@@ -76,8 +77,9 @@ def row_of(name: str, spec: type["Spec"]) -> Row:
 def equation_of(doc: str) -> str:
     """The first indented block of a docstring, without the source in brackets at a line's end."""
     block = re.search(r"^ {4}\S.*(?:\n {4}.*)*", doc, re.M)
-    lines = [re.sub(r"\s{2,}\([^()]*\d{4}.*\)$", "", line.strip()) for line in block[0].splitlines()] if block else []
-    return re.sub(r"\s{2,}", "  ", "; ".join(line for line in lines if line))
+    lines = block[0].splitlines() if block else []
+    bare = [re.sub(r"(^|\s{2,})\([^()]*\d{4}.*\)$", "", line.strip()) for line in lines]
+    return re.sub(r"\s{2,}", "  ", "; ".join(filter(None, bare)))
 
 
 def show(rows: list[Row], console: "Console") -> None:
@@ -150,9 +152,9 @@ def _built(spec: Any) -> tuple[str, str]:
     """What trains in the method's delta, with shapes, and whether the delta is a change of the weight."""
     import torch
 
-    from deltalab.deltas.base import Site, WeightDelta
+    from deltalab.deltas.base import Kind, Site, WeightDelta
 
-    kind = "linear" if "linear" in spec.sits_on else min(spec.sits_on)
+    kind: Kind = "linear" if "linear" in spec.sits_on else min(spec.sits_on)
     shape = (1, OUT, IN) if kind == "experts" else (OUT, IN)
     delta = spec().build(Site("linear", shape, kind, torch.float32, torch.device("meta")))
     sizes = {OUT: "out", IN: "in"}

@@ -119,7 +119,7 @@ def planned(model: nn.Module, spec: Any) -> Planned:
         if isinstance(item, DeltaSpec):
             chosen = [Group(item, select(model, item.targets, item.layers).names)]
         elif is_peft(item):
-            theirs = peft_plan(model, item.to_dict())
+            theirs = peft_plan(model, item.to_dict(), fresh=True)
             chosen = theirs.groups
             masks += theirs.masks
             names |= theirs.names
@@ -150,6 +150,8 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
     state = Adaptation(groups, masks, was_trainable, name=adapter, parked=before.parked)
     setattr(model, STATE, state)
     try:
+        if fresh is not None:
+            state.groups = groups = [Group(*g.spec.settle(model, g.paths, fresh)) for g in groups]
         for group in groups:
             names = names | set(group.spec.trains(model, group.paths))
         for name, parameter in parameters.items():
@@ -189,12 +191,24 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
         if fresh is not None and fresh.quantising is not None:
             site = site._replace(group=fresh.quantising.group(path))
         deltas[path] = spec.build(site)
+        if where.kind == "experts":
+            _refuse_dropout(path, deltas[path])
         deltas[path].init(_generator(fresh.seed if fresh else 0, path))
     group.spec.join(deltas)
     if fresh is not None:
         group.spec.begin(model, deltas, fresh)
     for path, delta in deltas.items():
         attach(place(model, path), delta)
+
+
+def _refuse_dropout(path: str, delta: Delta) -> None:
+    """Experts are shown weights, so their deltas see no input."""
+    for module in delta.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            raise UserError(
+                f"dropout={module.p:g} cannot act on '{path}', experts whose inputs no delta sees.",
+                next="dropout=0, or leave the experts out of the targets",
+            )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ adapter that is saved is plain LoRA of rank 2r for it.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from deltalab.core.shapes import Float
 from deltalab.deltas.base import Base, Delta, Dropout, Factors, Kind, Site, Start, WeightDelta, through
 from deltalab.deltas.init import Pair, gaussian, normal, orthogonal
 from deltalab.deltas.lowrank import LowRankSpec, kaiming
-from deltalab.deltas.starts import LOOKING, PARTS, looked_for, require_same_again
+from deltalab.deltas.starts import LOOKING, PARTS, looked_for, require_same_again, shared_out
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]
 PEFT_STARTS = {True: "kaiming", False: "random"} | {name: name for name in ("gaussian", "orthogonal", *LOOKING)}
@@ -42,6 +42,7 @@ class LoRA(LowRankSpec):
     init: where A and B start, see docs/methods/lora.md: `kaiming`, `gaussian`, `orthogonal` and `random` are drawn;
     `pissa` and `olora` are a part of W; `loftq` makes up for a base that is quantised while it is loaded; `eva` looks at
     activations (`calibration=` of `adapt`). svd_steps: of `pissa`, subspace iterations instead of the exact SVD.
+    rho: of `eva`, up to how many times its rank a module may get of the others' (1: every module keeps its own).
     bias: own biases that train too, all or those of the adapted linears.
     lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
     """
@@ -49,6 +50,7 @@ class LoRA(LowRankSpec):
     method: Literal["lora"] = "lora"
     init: Init = "kaiming"
     svd_steps: Annotated[int, Field(ge=0)] | None = None
+    rho: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     bias: Literal["none", "all", "lora_only"] = "none"
     lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
@@ -57,7 +59,6 @@ class LoRA(LowRankSpec):
     peft_keys: ClassVar[frozenset[str]] = LowRankSpec.peft_keys | {"bias"}
 
     def build(self, site: Site) -> "LoRADelta":
-        self.check(site)
         out, in_ = site.shape[-2:]
         if self.init in LOOKING and self.r > min(out, in_):
             raise UserError(
@@ -78,6 +79,19 @@ class LoRA(LowRankSpec):
     @property
     def calibrates(self) -> bool:
         return self.init == "eva"
+
+    def settle(self, model: nn.Module, paths: list[str], start: Start) -> tuple[Self, list[str]]:
+        """Ranks go where the inputs have the directions that say most; modules left without one are not adapted.
+
+        s stays what it was in each module.
+        """
+        if self.init != "eva" or self.rho == 1:
+            return self, paths
+        specs = self.each(paths)
+        ranks = shared_out(model, {path: spec.r for path, spec in specs.items()}, self.rho, start)
+        power = 0.5 if self.rank_stabilised else 1.0
+        alphas = {path: specs[path].scale * r**power for path, r in ranks.items()}
+        return self.model_copy(update={"rho": 1.0, "rank_pattern": ranks, "alpha_pattern": alphas}), list(ranks)
 
     def begin(self, model: nn.Module, deltas: Mapping[str, Delta], start: Start) -> None:
         if self.bias != "none" and not self.trains(model, list(deltas)):
@@ -117,7 +131,11 @@ class LoRA(LowRankSpec):
         if start not in PEFT_STARTS:
             raise UserError(f"init_lora_weights={said!r} is not supported.", nearest=[str(name) for name in PEFT_STARTS],
                             next="convert the adapter to plain LoRA with peft first")  # fmt: skip
-        fields = {"init": PEFT_STARTS[start], "svd_steps": steps, "bias": config.get("bias", "none")}
+        eva = config.get("eva_config") or {}
+        fields = {
+            "init": PEFT_STARTS[start], "svd_steps": steps, "bias": config.get("bias", "none"),
+            "rho": float(eva.get("rho", 1.0)) if start == "eva" else 1.0,
+        }  # fmt: skip
         return super().fields_from_peft(config, paths) | fields
 
 

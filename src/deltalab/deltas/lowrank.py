@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltalab.core.errors import UserError
 from deltalab.core.spec import build
-from deltalab.deltas.base import Delta, DeltaSpec, Site
+from deltalab.deltas.base import Delta, DeltaSpec
 from deltalab.deltas.select import pattern_matches
 
 
@@ -44,14 +44,6 @@ class LowRankSpec(DeltaSpec, abc.ABC):
     def scale(self) -> float:
         """s."""
         return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)
-
-    def check(self, site: Site) -> None:
-        """Raises: UserError for dropout on experts: their forward is shown weights, so no input of a delta is seen."""
-        if site.kind == "experts" and self.dropout:
-            raise UserError(
-                f"dropout={self.dropout:g} cannot act on '{site.path}', experts whose inputs no delta sees.",
-                next="dropout=0, or leave the experts out of the targets",
-            )
 
     def each(self, paths: Sequence[str]) -> dict[str, Self]:
         """Ranks and alphas by their patterns. Raises: UserError if a pattern matches none of the modules."""
