@@ -9,7 +9,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 import deltalab as dl
 from deltalab.deltas import moments
 from deltalab.deltas.adapt import attached
-from tests.deltas.perturb import states_equal
+from tests.deltas.perturb import perturbed, states_equal
 from tests.helpers import assert_close_by_norm, tiny_llama, tokens
 
 
@@ -71,6 +71,48 @@ def test_eva_is_what_peft_finds():
     for path, delta in attached(mine).items():
         A, their_A = delta.A, their[f"base_model.model.{path}.lora_A.weight"]
         assert_close_by_norm(A.mT @ A, their_A.mT @ their_A, 1e-2)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_ranks_go_where_the_directions_say_most(stabilised, tmp_path):
+    spec = dl.LoRA(init="eva", r=4, rho=2, targets="all-linear", rank_pattern={"o_proj": 3}, rank_stabilised=stabilised)
+    model, plain = dl.adapt(tiny_llama(), spec, calibration=batches()), tiny_llama()
+    before = spec.each(dl.select(plain, "all-linear").names)
+    shares = []
+    for path, own in before.items():
+        x = inputs_of(plain, path, batches()).double()
+        pca = IncrementalPCA(n_components=x.shape[1])
+        pca.fit(x)
+        shares += [(float(share), path) for share in pca.explained_variance_ratio_[: 2 * own.r]]
+    best = [path for _, path in sorted(shares, reverse=True)[: sum(own.r for own in before.values())]]
+    want = {path: best.count(path) for path in before if path in best}
+    assert {path: len(delta.A) for path, delta in attached(model).items()} == want
+    assert len(set(want.values())) > 2
+    assert [delta.s for delta in attached(model).values()] == pytest.approx([before[path].scale for path in want])
+    perturbed(model)
+    dl.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert_close_by_norm(theirs(tokens()).logits, model(tokens()).logits, 1e-5)
+    again = dl.load_adapter(tiny_llama(), tmp_path)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_ranks_are_shared_out_as_in_peft(tmp_path):
+    """peft's config for a config, and its file, whose ranks are final, read as they are."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights="eva", task_type="CAUSAL_LM",
+        eva_config=peft.EvaConfig(rho=2.0, tau=0.999),
+    )  # fmt: skip
+    mine = dl.adapt(tiny_llama(), config, calibration=[batches()[1]])
+    theirs = peft.get_peft_model(tiny_llama(), config)
+    peft.initialize_lora_eva_weights(theirs, [batches()[1]], show_progress_bar=False)
+    theirs.save_pretrained(tmp_path)
+    read = dl.load_adapter(tiny_llama(), tmp_path)
+    for model in (mine, read):
+        assert sum(len(delta.A) for delta in attached(model).values()) == 12
+        assert {delta.s for delta in attached(model).values()} == {4.0}
+    state = peft.get_peft_model_state_dict(theirs)
+    assert all(torch.equal(d.A, state[f"base_model.model.{path}.lora_A.weight"]) for path, d in attached(read).items())
 
 
 def test_eva_says_what_it_lacks():

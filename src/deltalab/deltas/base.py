@@ -124,6 +124,10 @@ class DeltaSpec(Spec, abc.ABC):
         """Whether a fresh adapter needs batches of inputs to begin, `Start.calibration`."""
         return False
 
+    def settle(self, model: nn.Module, paths: list[str], start: Start) -> tuple[Self, list[str]]:
+        """What a fresh adapter's spec and modules come to once it has seen the base: where a start decides on ranks."""
+        return self, paths
+
     def begin(self, model: nn.Module, deltas: Mapping[str, "Delta"], start: Start) -> None:
         """A fresh adapter begins, after every `init`, the deltas not yet on the model: a start that looks at weights or
         activations. The base is not written to: a start that takes part of a weight counts its change from there.

@@ -90,6 +90,12 @@ def eva(scatter: Float[Tensor, "in in"], r: int) -> Float[Tensor, "r in"]:
     return torch.linalg.eigh(scatter).eigenvectors[:, -r:].flip(-1).mT.contiguous()
 
 
+def explained(scatter: Float[Tensor, "in in"]) -> Float[Tensor, " in"]:
+    """The share of the inputs' variance in each of the directions of `eva`, the largest first."""
+    variances = torch.linalg.eigvalsh(scatter).flip(0)
+    return variances / variances.sum()
+
+
 def _split(svd: tuple[Tensor, Tensor, Tensor], r: int, s: float) -> Pair:
     """The first r singular triples as s · B A, the singular values shared evenly."""
     U, S, V = svd

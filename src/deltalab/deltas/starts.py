@@ -3,6 +3,7 @@
 The mathematics is in `deltalab.deltas.init`; here is what it is given, and when it cannot be.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -12,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import Factors, Start
-from deltalab.deltas.init import Pair, eva, loftq, olora, pissa, pissa_fast
-from deltalab.deltas.moments import moments
+from deltalab.deltas.init import Pair, eva, explained, loftq, olora, pissa, pissa_fast
+from deltalab.deltas.moments import Moments, moments
 from deltalab.deltas.sites import place
 
 PARTS = ("pissa", "olora")
@@ -35,10 +36,14 @@ def looked_for(
         return
     for path, (A, _, s) in drawn.items():
         W, r = _weight(model, path, how).to(A.dtype), A.shape[-2]
-        if how == "olora":
-            yield path, olora(W, r)
-        elif how == "pissa":
-            yield path, pissa(W, r, s) if svd_steps is None else pissa_fast(W, r, s, A, svd_steps)
+        if how in PARTS:
+            if how == "olora":
+                pair = olora(W, r)
+            else:
+                pair = pissa(W, r, s) if svd_steps is None else pissa_fast(W, r, s, A, svd_steps)
+            if start.quantising is not None and path in start.quantising:
+                start.quantising.quantise(path, W - s * pair.B @ pair.A)
+            yield path, pair
         elif start.quantising is None or path not in start.quantising:
             raise UserError(
                 f"init='loftq' makes up for the error of quantising, and '{path}' is not being quantised.",
@@ -64,23 +69,45 @@ def require_same_again(how: str, model: nn.Module, paths: Iterable[str], svd_ste
         )
 
 
+def shared_out(model: nn.Module, ranks: Mapping[str, int], rho: float, start: Start) -> dict[str, int]:
+    """Path -> rank, their sum that of `ranks`, at most round(rho · r) of each; a module that gets none is left out.
+
+    The ranks go to the directions with the largest share of their module's variance (Paischer et al. 2024,
+    arXiv:2410.07170, section 3.3).
+    """
+    _linears_alone(model, ranks, "eva")
+    most = {path: min(round(rho * r), *place(model, path).W.shape) for path, r in ranks.items()}
+    shares = [
+        (float(share), path)
+        for path, seen in _seen(model, most, start)
+        for share in explained(seen.scatter)[: most[path]]
+    ]
+    best = sorted(shares, key=lambda pair: pair[0], reverse=True)[: sum(ranks.values())]
+    counts = Counter(path for _, path in best)
+    return {path: counts[path] for path in ranks if counts[path]}
+
+
 def _from_inputs(model: nn.Module, drawn: Mapping[str, Factors], start: Start) -> Iterator[tuple[str, Pair]]:
+    for path, seen in _seen(model, {path: A.shape[-2] for path, (A, _, _) in drawn.items()}, start):
+        A, B, _ = drawn[path]
+        yield path, Pair(eva(seen.scatter, A.shape[-2]), torch.zeros_like(B))
+
+
+def _seen(model: nn.Module, ranks: Mapping[str, int], start: Start) -> Iterator[tuple[str, Moments]]:
+    """The moments of each module's inputs. Raises: UserError without batches, or with fewer tokens than directions."""
     if not start.calibration:
         raise UserError(
             "init='eva' starts from activations, and there are no batches to see any.",
             next="deltalab.adapt(model, spec, calibration=batches), batches of the model's inputs",
         )
-    modules = {path: place(model, path).module for path in drawn}
-    for path, seen in moments(model, modules, start.calibration):
-        A, B, _ = drawn[path]
-        r = A.shape[-2]
-        if seen.count <= r:
+    for path, seen in moments(model, {path: place(model, path).module for path in ranks}, start.calibration):
+        if seen.count <= ranks[path]:
             raise UserError(
-                f"init='eva' finds no {r} directions in {seen.count} tokens, which is what reached '{path}'.",
+                f"init='eva' finds no {ranks[path]} directions in {seen.count} tokens, which is what reached '{path}'.",
                 found=f"{len(start.calibration)} calibration batches",
                 next="give more of them",
             )
-        yield path, Pair(eva(seen.scatter, r), torch.zeros_like(B))
+        yield path, seen
 
 
 def _weight(model: nn.Module, path: str, how: str) -> Float[Tensor, "*e out in"]:
