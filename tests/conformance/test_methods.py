@@ -128,6 +128,8 @@ def test_adapted_weight_computes_what_the_forward_does(method, family):
         for other, delta in deltas.items():  # the same module's: experts hold two weights
             if found[other].module is held.module:
                 kept[held.name if other == path else found[other].name] = held.oriented(delta.adapted(found[other].W))
+        if held.kind == "linear" and held.module.bias is not None:
+            kept["bias"] = deltas[path].adapted_bias(held.module.bias)
         assert_close_by_norm(run(held), run(place(plain, path), kept), 1e-10)
         changed.append(not torch.equal(held.W, deltas[path].adapted(held.W)))
     assert any(changed)  # a budget may leave nothing to some
@@ -154,6 +156,9 @@ def test_merged_model_shares_what_no_delta_touched(method, family):
     model = dl.adapt(model_of(family), method(targets="attention"))
     plain, own = dict(dl.merged(model).named_parameters()), dict(model.named_parameters())
     touched = {f"{path}.weight" for path in attached(model)}
+    for path, delta in attached(model).items():
+        bias = own.get(f"{path}.bias")
+        touched |= {f"{path}.bias"} if bias is not None and delta.adapted_bias(bias) is not bias else set()
     assert touched < plain.keys()
     for name, parameter in plain.items():
         assert (parameter.data_ptr() == own[name].data_ptr()) == (name not in touched), name
@@ -188,7 +193,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, family, reentra
     assert want.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    runs = []
+    last = place(model, list(attached(model))[-1])  # a weight in the last block
+    last.module.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     loss_of(model).backward()
+    assert len(runs) == 2, "the block runs again in the backward"
     got = gradients(model)
     assert got.keys() == want.keys()
     for name in want:
@@ -330,7 +339,7 @@ def test_entries_and_masks_agree_with_the_dense_change(method, family):
     model = adapted(method, family)
     for path, delta in attached(model).items():
         assert isinstance(delta, WeightDelta)
-        W = place(model, path).W
+        W, whole = place(model, path).W, dl.delta_weight(model, path) != 0
         for keep in (None, torch.rand(W.shape) < 0.5):
             delta.keep = keep
             dense = merged_weight(model, path) - W
@@ -339,7 +348,6 @@ def test_entries_and_masks_agree_with_the_dense_change(method, family):
             assert_close_by_norm(delta.entries(index, W), dl.delta_weight(model, path).flatten()[index], 1e-5)
             if keep is not None:
                 assert torch.equal(dl.delta_weight(model, path) != 0, keep & whole)
-            whole = dl.delta_weight(model, path) != 0
 
 
 def test_masked_delta_computes_its_masked_weight(method, family):
