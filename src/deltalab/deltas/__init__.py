@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from deltalab.core.spec import Spec
     from deltalab.deltas.adalora import AdaLoRA as AdaLoRA
     from deltalab.deltas.base import DeltaSpec
+    from deltalab.deltas.dora import DoRA as DoRA
+    from deltalab.deltas.ia3 import IA3 as IA3
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
     from deltalab.deltas.vera import VeRA as VeRA
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 METHODS = {
     "LoRA": "deltalab.deltas.lora",
     "AdaLoRA": "deltalab.deltas.adalora",
+    "DoRA": "deltalab.deltas.dora",
+    "IA3": "deltalab.deltas.ia3",
     "VeRA": "deltalab.deltas.vera",
 }
 """Public name of the spec -> module that holds it. A new method is one file and one line here."""
