@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deltalab.data.chat import Conversation
-from deltalab.deltas import LoRA, Train
+from deltalab.deltas import AdaLoRA, LoRA, Train
 from deltalab.deltas.adapt import adapt
 from deltalab.deltas.peft_format import save_adapter, trained_state
 from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrainResult, train
@@ -78,6 +78,7 @@ def adapted(kind: str = "lora", seed: int = 0):
     """A tiny model with something to train."""
     what = {
         "lora": LoRA(r=4, alpha=8, dropout=0.2, targets="all-linear"),
+        "adalora": AdaLoRA(init_r=4, target_r=2, dropout=0.2, targets="all-linear"),
         "full": Train("full"),
         "both": [LoRA(r=2, dropout=0.1), Train("norms")],
     }[kind]

@@ -71,7 +71,7 @@ def test_killed_at_five_random_moments(tmp_path):
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("kind", "at"), [("lora", 2), ("lora", 11), ("both", 6)])
+@pytest.mark.parametrize(("kind", "at"), [("lora", 2), ("lora", 11), ("both", 6), ("adalora", 5)])
 def test_interrupted_and_continued_is_bitwise_the_same(tmp_path, kind, at):
     run(tmp_path / "a", kind)
     with pytest.raises(KeyboardInterrupt, match=f"stopped at step {at} of 12"):
