@@ -7,6 +7,7 @@ import pytest
 from deltalab import cli
 from deltalab.studies import drift
 from deltalab.studies.stages import Context
+from tests.families import model_of
 from tests.helpers import byte_tokenizer, tiny_llama
 
 
@@ -25,17 +26,42 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def rows(out):
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
 def test_targets_of_a_model(capsys, model):
     code, out, _ = main(capsys, "targets", str(model))
     assert code == 0
-    lines = [" ".join(line.split()) for line in out.splitlines()]
+    lines = rows(out)
+    assert (
+        lines[0]
+        == f"{model}: 15 linears, 1 embedding; {sum(p.numel() for p in tiny_llama().parameters()):,} parameters"
+    )
     assert "q_proj 2 × 32 × 32" in lines
     assert "k_proj 2 × 16 × 32" in lines
+    assert lines.index("embed_tokens 1 × 32 × 270") == lines.index("embeddings, taken by their names") + 1
     assert "q,v 4: q_proj, v_proj" in lines
     assert "mlp 6: gate_proj, up_proj, down_proj" in lines
     code, out, _ = main(capsys, "targets", str(model), "--every")
-    assert "model.layers.1.mlp.down_proj" in out
-    assert len(out.splitlines()) == 15
+    assert "model.layers.1.mlp.down_proj 32 × 48" in rows(out)
+    assert "model.embed_tokens 32 × 270" in rows(out)
+    assert len(out.splitlines()) == 16
+
+
+def test_targets_of_experts_and_of_tied_weights(capsys, tmp_path):
+    for name in ("gpt_oss", "llama-bias"):
+        model_of(name).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    _, out, _ = main(capsys, "targets", str(tmp_path / "gpt_oss"))
+    lines = rows(out)
+    assert "4 stacks of experts" in lines[0]
+    at = lines.index("experts, held as one parameter")
+    assert lines[at + 1 : at + 3] == ["gate_up_proj 2 × 4 × 64 × 32", "down_proj 2 × 4 × 32 × 32"]  # kept transposed
+    assert "mlp 4: gate_up_proj, down_proj" in lines
+    _, out, _ = main(capsys, "targets", str(tmp_path / "llama-bias"))
+    assert "lm_head 1 × 270 × 32 tied to model.embed_tokens: no delta goes there" in rows(out)
+    assert "embed_tokens 1 × 32 × 270 tied to lm_head: no delta goes there" in rows(out)
 
 
 def test_targets_of_no_model(capsys, tmp_path):

@@ -1,5 +1,7 @@
 """Selections: presets by structure, names and patterns; what matches nothing is an error that names the way out."""
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from torch import nn
 import deltalab as dl
 from deltalab.deltas.select import decoder_blocks, layer_of, scored_linears
 from deltalab.deltas.sites import linears
+from tests.families import model_of
 from tests.helpers import tiny_gpt2, tiny_llama
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -132,6 +135,40 @@ def test_presets_of_other_families():
     )
     assert leaves(dl.select(opt, "q,v")) == ["q_proj", "v_proj"]
     assert leaves(dl.select(opt, "mlp")) == ["fc1", "fc2"]
+
+
+def test_presets_of_an_encoder_take_no_pooler_and_no_head():
+    model = model_of("bert-classifier")
+    attention = dl.select(model, "attention").names
+    assert leaves(dl.select(model, "q,v")) == ["query", "value"]
+    assert [n.split("layer.0.")[1] for n in attention if "layer.0." in n] == [
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+    ]  # fmt: skip
+    mlp = dl.select(model, "mlp").names
+    assert [n.split("layer.0.")[1] for n in mlp if "layer.0." in n] == ["intermediate.dense", "output.dense"]
+    assert sorted(dl.select(model, "all-linear").names) == sorted(attention + mlp)
+    assert not any("pooler" in name or "classifier" in name for name in attention + mlp)
+    assert dl.select(model, "classifier").names == ["classifier"]
+    assert dl.select(model_of("bert"), "all-linear").names == dl.select(model, "all-linear").names
+
+
+def test_presets_of_an_encoder_decoder_take_both_stacks():
+    model = model_of("t5")
+    assert Counter(name.rsplit(".", 2)[1] for name in dl.select(model, "q,v")) == {
+        "SelfAttention": 8,
+        "EncDecAttention": 4,
+    }
+    assert leaves(dl.select(model, "attention")) == ["k", "o", "q", "v"]
+    assert len(dl.select(model, "attention")) == 24
+    assert leaves(dl.select(model, "mlp")) == ["wi", "wo"]
+    assert len(dl.select(model, "mlp")) == 8
+    assert len(dl.select(model, "all-linear")) == 32
+    assert (
+        dl.select(model, ["q,v", "relative_attention_bias"]).kinds[
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+        ]
+        == "embedding"
+    )
 
 
 def test_experts_in_one_parameter_are_weights_like_others():

@@ -278,16 +278,20 @@ def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:
                     next=f"one of the presets: {'  '.join(PRESETS)}\n  {_see(model)}")  # fmt: skip
 
 
-def _refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
-    """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
+def tied(there: dict[str, Place]) -> dict[str, list[str]]:
+    """Path of every weight that others share -> the others' paths."""
     owners: dict[int, list[str]] = {}
     for name, place in there.items():
         owners.setdefault(id(place.parameter), []).append(name)
-    for name in sorted(chosen):
-        others = [o for o in owners[id(there[name].parameter)] if o != name]
-        if others:
-            raise UserError(f"target '{name}' shares its weight with {', '.join(others)} (tied), so no delta goes there.",
-                            next="leave it out, or load the model with tie_word_embeddings=False")  # fmt: skip
+    return {name: [o for o in same if o != name] for same in owners.values() if len(same) > 1 for name in same}
+
+
+def _refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
+    """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
+    shared = tied(there)
+    for name in sorted(chosen & shared.keys()):
+        raise UserError(f"target '{name}' shares its weight with {', '.join(shared[name])} (tied), so no delta goes there.",
+                        next="leave it out, or load the model with tie_word_embeddings=False")  # fmt: skip
 
 
 def _refuse_experts(model: nn.Module, what: str, covered: set[str]) -> None:
