@@ -1,32 +1,17 @@
-"""Exchange with Hugging Face peft, both ways, over a table of models, specs and peft's configs for the same thing."""
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
+"""LoRA exchanged with Hugging Face peft, both ways, over a table of models, specs and peft's configs for the same."""
 
 import peft
 import pytest
-import torch
-from torch import nn
 
 import deltalab as dl
-from deltalab.deltas.adapt import attached
-from tests.deltas.perturb import perturbed
-from tests.families import inputs, model_of
-from tests.helpers import assert_close_by_norm, error_by_norm
+from tests.deltas.exchange import (
+    Case,
+    check_that_a_config_of_peft_is_taken_for_a_spec,
+    check_that_peft_loads_what_we_save,
+    check_that_we_load_what_peft_saves,
+)
 
-
-class Case(NamedTuple):
-    """ours and theirs mean the same on `family`; prepare changes the base model first."""
-
-    family: str
-    ours: Any
-    theirs: Callable[[], peft.PeftConfig]
-    prepare: Callable[[nn.Module], Any] = lambda model: None
-
-    def base(self) -> nn.Module:
-        model = model_of(self.family)
-        self.prepare(model)
-        return model.eval()
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def lora(**options):
@@ -39,7 +24,7 @@ def ours(**options):
 
 EXPERTS = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
 
-LORA = {
+CASES = {
     "plain": Case("llama", ours(), lora()),
     "bf16": Case("llama-bf16", ours(), lora()),
     "rslora": Case("llama", ours(rank_stabilised=True), lora(use_rslora=True)),
@@ -117,76 +102,19 @@ LORA = {
     "qwen3_moe": Case("qwen3_moe", ours(targets=["experts.*"], rank_stabilised=True), lora(**EXPERTS, use_rslora=True)),
     "gpt_oss": Case("gpt_oss", ours(targets=["gate_up_proj", "down_proj"]), lora(**EXPERTS)),
 }
-CASES = {**{f"LoRA {name}": case for name, case in LORA.items()}}
 case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """A peft model whose every trained tensor does something, in eval mode."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    return model(**inputs(plain)).logits
-
-
-def bound(case: Case) -> float:
-    return 2e-2 if case.family == "llama-bf16" else 1e-5  # the two round elsewhere
-
-
-def wrapped_by_peft(model: nn.Module) -> set[str]:
-    """Paths of the linears and embeddings that have a delta of peft."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
-    return {name.removeprefix("base_model.model.") for name, m in layers if not hasattr(m, "parameter_name")}
-
-
 @case
-@pytest.mark.filterwarnings("ignore")
 def test_peft_loads_what_we_save(case, tmp_path):
-    ours = perturbed(dl.adapt(case.base(), case.ours))
-    dl.save_adapter(ours, tmp_path / "out")
-    theirs = peft.PeftModel.from_pretrained(case.base(), tmp_path / "out").eval()
-    assert error_by_norm(logits(ours), logits(case.base())) > 0.01
-    assert_close_by_norm(logits(theirs), logits(ours), bound(case))
-    again = dl.load_adapter(case.base(), tmp_path / "out")
-    assert torch.equal(logits(again), logits(ours))
-    assert trained(again) == trained(ours)
+    check_that_peft_loads_what_we_save(case, tmp_path)
 
 
 @case
-@pytest.mark.filterwarnings("ignore")
 def test_we_load_what_peft_saves(case, tmp_path):
-    moved(peft.get_peft_model(case.base(), case.theirs())).save_pretrained(tmp_path / "theirs")
-    theirs = peft.PeftModel.from_pretrained(case.base(), tmp_path / "theirs").eval()
-    ours = dl.load_adapter(case.base(), tmp_path / "theirs")
-    assert error_by_norm(logits(theirs), logits(case.base())) > 0.01
-    assert_close_by_norm(logits(ours), logits(theirs), bound(case))
-    assert trained(ours) == trained(dl.adapt(case.base(), case.ours))
-    dl.save_adapter(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
-    assert_close_by_norm(logits(back), logits(theirs), bound(case))
+    check_that_we_load_what_peft_saves(case, tmp_path)
 
 
 @case
-@pytest.mark.filterwarnings("ignore")
 def test_a_config_of_peft_is_taken_for_a_spec(case):
-    ours = dl.adapt(case.base(), case.theirs())
-    theirs = peft.get_peft_model(case.base(), case.theirs())
-    assert trained(ours) == trained(dl.adapt(case.base(), case.ours))
-    linears = {
-        path for path in attached(ours) if not path.endswith(("gate_up_proj", "down_proj")) or "llama" in case.family
-    }
-    assert linears == wrapped_by_peft(theirs)
-    assert dl.trainable(ours).count == sum({id(p): p.numel() for p in theirs.parameters() if p.requires_grad}.values())
-
-
-def trained(model: nn.Module) -> dict[str, torch.Size]:
-    """Name -> shape of all that trains."""
-    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    check_that_a_config_of_peft_is_taken_for_a_spec(case)

@@ -43,6 +43,7 @@ def peft_plan(model: nn.Module, config: dict[str, Any], *, fresh: bool = False) 
 
     Raises: UserError for an unknown type, an unsupported option, or targets that match nothing.
     """
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     method = method_of(config)
     check_options(config, method)
     if fresh and config.get("target_modules") is None and config.get("target_parameters"):
@@ -72,7 +73,7 @@ def check_options(config: dict[str, Any], method: type[DeltaSpec]) -> None:
     faults = []
     for key, value in sorted(config.items()):
         if key == "bias":
-            refused = value != "none" and key not in method.peft_keys
+            refused = value not in ("none", None) and key in method.peft_lacks
         elif key in ABOUT | WHERE | method.peft_keys or value in (None, False, "", 0) or value == {} or value == []:
             refused = False
         else:
