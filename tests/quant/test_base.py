@@ -1,6 +1,7 @@
 """A quantised model as the base of a delta: every weight delta on it, loading, and starts before the quantisation."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import deltalab as dl
 from deltalab.deltas import init, methods
-from deltalab.deltas.adapt import attached, base_state, merged_weight, param_groups
+from deltalab.deltas.adapt import attached, base_state, base_weight, merged_weight, param_groups
 from deltalab.deltas.base import LINEARS, DeltaSpec
 from deltalab.deltas.quantise import quantise
 from deltalab.deltas.select import select
@@ -17,7 +18,7 @@ from deltalab.models.load import model_digest
 from deltalab.quant.linear import GroupLinear, Quantiser
 from tests.deltas.perturb import perturbed, states_equal
 from tests.families import model_of
-from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
+from tests.helpers import assert_close_by_norm, byte_tokenizer, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
 INT8 = Quantiser(8, 16)
 method = pytest.mark.parametrize("method", methods().values(), ids=methods())
@@ -219,6 +220,39 @@ def distances(model, start=tiny_llama):
         for path, m in model.named_modules()
         if isinstance(m, GroupLinear)
     }
+
+
+@bits
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisation(bits, start, tmp_path):
+    quantiser, spec = Quantiser(bits, 16), dl.LoRA(r=8, init=start, targets="all-linear")
+    model = quantise(tiny_llama(), quantiser, spec)
+    exact = attached(dl.adapt(tiny_llama(), spec))
+    for path, delta in attached(model).items():
+        W = tiny_llama().get_submodule(path).weight.detach()
+        part = (exact[path].s * exact[path].B @ exact[path].A).detach()
+        assert_close_by_norm(dl.delta_weight(model, path), part, 1e-5)
+        assert torch.equal(delta.A, exact[path].A)
+        assert_close_by_norm(base_weight(model, path), quantiser.round_trip(W - part), 1e-5)
+    plain, begun = distances(base(quantiser=quantiser)), distances(model)
+    if start == "pissa":
+        assert all(begun[path] < 0.75 * plain[path] for path in plain)
+    want, bare = tiny_llama()(tokens()).logits, base(quantiser=quantiser)(tokens()).logits
+    assert error_by_norm(model(tokens()).logits, want) < (0.25 if bits == 4 else 0.015)
+    if start == "pissa":
+        assert error_by_norm(model(tokens()).logits, want) < error_by_norm(bare, want)
+
+    there = perturbed(model)(tokens()).logits
+    dl.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DELTALAB"
+    with pytest.raises(dl.UserError, match=r"belongs to another base.*down_proj"):
+        dl.load_adapter(base(quantiser=quantiser), tmp_path)
+    prepared = dl.unload(quantise(tiny_llama(), quantiser, spec))
+    assert not torch.equal(prepared(tokens()).logits, bare)
+    again = dl.load_adapter(prepared, tmp_path)
+    assert torch.equal(again(tokens()).logits, there)
+    dl.save_adapter(again, tmp_path / "again")
+    assert torch.equal(dl.load_adapter(dl.unload(again), tmp_path / "again")(tokens()).logits, there)
 
 
 @bits

@@ -59,11 +59,6 @@ class Start(NamedTuple):
     calibration: Sequence[Mapping[str, Tensor]] | None = None
     quantising: Quantising | None = None
 
-    @property
-    def round_trip(self) -> Callable[[Tensor], Tensor] | None:
-        """W -> what the base's quantiser makes of it, (out, in) both, where the base is about to be quantised."""
-        return None if self.quantising is None else self.quantising.quantiser.round_trip
-
 
 class DeltaSpec(Spec, abc.ABC):
     """What every method's spec has: where it goes. The method's own fields come after.
@@ -339,9 +334,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 def shape_of(linear: nn.Module) -> tuple[int, ...]:
     """(out, in), also of a linear that keeps its weight quantised in another shape. Of other modules the weight's."""
-    if isinstance(linear, GroupLinear) or (
-        isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point
-    ):
+    if isinstance(linear, GroupLinear) or (isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point):
         return linear.out_features, linear.in_features
     return tuple(weight_of(linear).shape)
 

@@ -12,7 +12,8 @@ change s B A. Here W stays where it is and the change is what that adds up to,
     ΔW = s · (B A − B₀ A₀),   zero at the start, of rank 2r,
 
 so the base is the model that was loaded at every moment, frozen entries and own trained weights included, and the
-adapter that is saved is plain LoRA of rank 2r for it.
+adapter that is saved is plain LoRA of rank 2r for it. A base that is quantised at the same time is another matter: it is
+W − s B₀A₀ that is quantised, which costs less than quantising W, and A₀ and B₀ are zero in ΔW.
 """
 
 import math
@@ -100,7 +101,7 @@ class LoRA(LowRankSpec):
             mine = {path: delta for path, delta in deltas.items() if isinstance(delta, LoRADelta)}
             drawn = {path: Factors(delta.A.detach(), delta.B.detach(), delta.s) for path, delta in mine.items()}
             for path, pair in looked_for(self.init, model, drawn, start, self.svd_steps):
-                mine[path].start_at(pair)
+                mine[path].start_at(pair, moved=start.quantising is not None and path in start.quantising)
 
     def begin_again(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         """The start of a file that peft saved unconverted: peft takes it from the weights again, and so it is here.
@@ -174,12 +175,12 @@ class LoRADelta(WeightDelta):
                 if self.start == "random":
                     kaiming(self.B, generator)
 
-    def start_at(self, pair: Pair) -> None:
-        """Set A and B; where they are a part of W, the change is counted from here."""
+    def start_at(self, pair: Pair, *, moved: bool = False) -> None:
+        """Set A and B; where they are a part of W, the change is counted from here, unless they moved out of the base."""
         with torch.no_grad():
             self.A.copy_(pair.A)
             self.B.copy_(pair.B)
-            if self.A0 is not None and self.B0 is not None:
+            if self.A0 is not None and self.B0 is not None and not moved:
                 self.A0.copy_(pair.A)
                 self.B0.copy_(pair.B)
 

@@ -22,10 +22,12 @@ from deltalab.deltas.peft_own import PREFIX, SHARED, other_vocabulary
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place, places
 from deltalab.deltas.switch import adapters, drop
-from deltalab.deltas.weights import Group, Planned, adaptation, grouped, is_adapted
+from deltalab.deltas.weights import Group, Planned, adaptation, grouped, is_adapted, mark_of
 
 OWN_TYPE = "DELTALAB"
 FORMAT = 2
+SAME = 1e-2
+"""How far the same base may differ, relative: singular vectors, and so single codes, are not the same on every machine."""
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -73,6 +75,7 @@ def as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "deltas": groups,
         "train": [mask.plain() for mask in state.masks],
         "own": sorted(state.start),
+        "base": state.prepared,
     }
     return config, {PREFIX + name: t for name, t in trained_state(model).items()} | _shared_by_group(model)
 
@@ -80,6 +83,7 @@ def as_own(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def load_own(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path, adapter: str
 ) -> nn.Module:
+    """Put an adapter of this format on `model`, as `deltalab.load_adapter` does."""
     what = f"adapter '{folder}'"
     if config.get("format") != FORMAT:
         raise UserError(f"{what} has format {config.get('format')!r}.", found=f"this version reads {FORMAT}")
@@ -110,6 +114,8 @@ def load_own(
     trained = {name: tensors[PREFIX + name] for name in config.get("own", []) if PREFIX + name in tensors}
     other_vocabulary(model, trained, what)
     masks: list[ParameterSpec] = [build(Train, mask) for mask in config.get("train", [])]
+    prepared = config.get("base", {})
+    _require_prepared(model, prepared, what)
     active = adapters(model)[:1]
     start(model, Planned(groups, masks, set(config.get("own", []))), adapter=adapter)
     try:
@@ -119,10 +125,22 @@ def load_own(
         for i, (group, deltas) in enumerate(grouped(model)):
             keys = group.spec.shared_to_peft(deltas)
             group.spec.shared_from_peft(deltas, {key: shared[f"{SHARED}{i}.{key}"] for key in keys})
-    except UserError:
+    except BaseException:  # a mistake, out of memory, or interrupted
         drop(model, active)
         raise
+    adaptation(model).prepared.update(prepared)
     return model
+
+
+def _require_prepared(model: nn.Module, marks: Mapping[str, float], what: str) -> None:
+    """Raises: UserError unless the base weights that a start took part of are what it left."""
+    for path, mark in marks.items():
+        W = place(model, path).W.detach()
+        if abs(mark_of(W) - mark) > SAME * float(W.norm()):
+            raise UserError(
+                f"{what} belongs to another base: its start took a part of '{path}' before the rest was quantised.",
+                next="deltalab.load(name, quantize=..., adapt=the same spec, seed=the same), then deltalab.unload(model)",
+            )
 
 
 def _shared_by_group(model: nn.Module) -> dict[str, Tensor]:

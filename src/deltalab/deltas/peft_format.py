@@ -122,16 +122,17 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     try:
         for group, deltas in grouped(model):
             group.spec.begin_again(model, deltas)
-    except UserError:
+        for path, delta in attached(model).items():
+            delta.from_peft({key: tensors[f"{key_of(model, path, targets)}.{key}"] for key in delta.slots()})
+        for group, deltas in grouped(model):
+            shared = group.spec.shared_to_peft(deltas)
+            group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in shared})
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+    except BaseException:  # a mistake, out of memory, or interrupted
         drop(model, active)
         raise
-    for path, delta in attached(model).items():
-        delta.from_peft({key: tensors[f"{key_of(model, path, targets)}.{key}"] for key in delta.slots()})
-    for group, deltas in grouped(model):
-        group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in group.spec.shared_to_peft(deltas)})
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
     return model
 
 
@@ -140,7 +141,7 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
     state, deltas = adaptation(model), attached(model)
     plan = state.plan
     kinds = {type(spec) for spec in plan.values()}
-    if len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
+    if state.prepared or len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
         return None
     kind = kinds.pop()
     if kind.peft_type is None or any(place(model, path).kind not in kind.peft_on for path in plan):

@@ -3,6 +3,7 @@
 Embeddings and the output layer stay as they are. An adapter that starts together with the quantisation is built and
 begins on the full-precision weights: a start may take a part of W into the delta, or fit W − Ŵ, and says what is to be
 quantised then. What comes out is the base: no copy of the weights before is kept, and `unload` gives the quantised model.
+An adapter whose start took a part of W belongs to that base alone, and is refused on another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from deltalab.deltas.attach import attach, detach
 from deltalab.deltas.base import Start
 from deltalab.deltas.select import block_linears, model_name
 from deltalab.deltas.sites import place
-from deltalab.deltas.weights import attached, is_adapted
+from deltalab.deltas.weights import adaptation, attached, is_adapted, mark_of
 from deltalab.quant.linear import GroupLinear, Quantiser, Quantising
 
 
@@ -53,13 +54,15 @@ def quantise(
             raise UserError(f"'{own[0]}' is meant to train itself, and codes do not train.", found=f"{len(own)} such linears",
                             next="leave them out of Train, or load without quantize")  # fmt: skip
         start(model, plan, fresh=Start(seed, calibration, about))
-    deltas = attached(model)
+    deltas, told = attached(model), set(about.told)
     for path in there:
         if path in deltas:
             detach(there[path])
         model.set_submodule(path, about.pop(path))
         if path in deltas:
             attach(place(model, path), deltas[path])
+        if path in told:
+            adaptation(model).prepared[path] = mark_of(place(model, path).W)
     return model
 
 

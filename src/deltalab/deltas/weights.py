@@ -42,7 +42,9 @@ class Planned(NamedTuple):
 class Adaptation:
     """What `adapt` did, and the adapters that are not active.
 
-    name: of the active adapter. was_trainable: requires_grad before. start: CPU copies of the own parameters that train.
+    prepared: `mark_of` the base weights that a start had quantised from something else than what was loaded, by path: the
+    adapter belongs to these. name: of the active adapter. was_trainable: requires_grad before. start: CPU copies of the
+    own parameters that train.
     parked: the others, by name.
     """
 
@@ -50,6 +52,7 @@ class Adaptation:
     masks: list[ParameterSpec]
     was_trainable: dict[str, bool]
     start: dict[str, Tensor] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)
     not_saved: set[str] = field(default_factory=set)
     name: str = "default"
     parked: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +61,13 @@ class Adaptation:
     def plan(self) -> dict[str, DeltaSpec]:
         """Path -> the spec of that weight alone."""
         return {path: spec for group in self.groups for path, spec in group.spec.each(group.paths).items()}
+
+
+def mark_of(W: Float[Tensor, "out in"]) -> float:
+    """u·Wv for fixed random u and v: of two weights it differs by about ‖W − W′‖."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(n, generator=generator, dtype=torch.float64) for n in W.shape)
+    return float(u @ W.detach().double().cpu() @ v)
 
 
 def is_adapted(model: nn.Module) -> bool:

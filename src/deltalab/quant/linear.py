@@ -163,6 +163,11 @@ class Quantising:
         """The group size at `path`, None where nothing is quantised. Raises: UserError if there is none that fits."""
         return self.quantiser.group(self._weight(path).shape[1]) if path in self else None
 
+    @property
+    def told(self) -> list[str]:
+        """The paths that are quantised from what a start said."""
+        return list(self._made)
+
     def quantise(self, path: str, W: Float[Tensor, "out in"]) -> None:
         """Quantise W in place of the weight that was loaded: what a start moved out of it is in its delta."""
         linear: Any = self.linears[path]
