@@ -5,94 +5,33 @@ merged model is held to 3e-2 of the adapted one's logits there, and to 1e-5 in f
 """
 
 import copy
-import functools
 import pickle
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 import deltalab as dl
 from deltalab.deltas.adapt import adaptation, attached, merged_weight, param_groups
 from deltalab.deltas.attach import attach
-from deltalab.deltas.base import Delta, DeltaSpec, WeightDelta
+from deltalab.deltas.base import WeightDelta
 from deltalab.deltas.peft_format import WEIGHTS, load_trained_state, trained_state
-from deltalab.deltas.sites import Place, place, places
+from deltalab.deltas.sites import place, places
+from tests.conformance.kit import (
+    adapted,
+    double,
+    driven,
+    everywhere,
+    gradients,
+    holding_constants,
+    of,
+    parameters,
+    run,
+    where_it_sits,
+)
 from tests.deltas.perturb import perturbed, states_equal
-from tests.families import FAMILIES, WIDTH, inputs, logits, loss_of, model_of
+from tests.families import FAMILIES, inputs, logits, loss_of, model_of
 from tests.helpers import assert_close_by_norm, tokens
-
-
-def of(wanted):
-    """A test for some families alone."""
-
-    def mark(function):
-        function.families = wanted
-        return function
-
-    return mark
-
-
-def where_it_sits(test):
-    """For each method only the kinds of weight that it sits on."""
-    test.where_it_sits = True
-    return test
-
-
-def with_experts(test):
-    """For the methods that sit on experts."""
-    test.methods = lambda method: "experts" in method.sits_on
-    return test
-
-
-def everywhere(method, family):
-    """Targets: each weight of the blocks that the method can sit on, and the embedding."""
-    about = FAMILIES[family]
-    blocks = "all-linear" if "experts" in method.sits_on or not about.experts else "attention"
-    return [blocks, about.embedding] if "embedding" in method.sits_on and about.embedding else [blocks]
-
-
-def adapted(method, family, *, moved=True):
-    """A model with the method wherever it can be; moved: away from its start, and its schedule gone through."""
-    model = dl.adapt(model_of(family), method(targets=everywhere(method, family)))
-    return driven(perturbed(model), method) if moved else model
-
-
-def driven(model, method, steps=3):
-    """Each step's gradients, and what the method does with them."""
-    if method.after_step is DeltaSpec.after_step:
-        return model
-    for t in range(1, steps + 1):
-        loss_of(model, seed=t).backward()
-        dl.step(model, t, steps)
-        model.zero_grad()
-    return model
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def double(model):
-    """In fp64, which of the experts' implementations the plain one alone takes."""
-    model = model.double()
-    model.config._experts_implementation = "eager"
-    return model
-
-
-def run(held: Place, kept=None, seed=0):
-    """The output of the module that holds a weight, for random input; kept: other values of its parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    if held.kind == "embedding":
-        args = (tokens(2, 5, held.W.shape[1]),)
-    elif held.kind == "linear":
-        args = (torch.randn(3, 5, held.W.shape[1], generator=generator, dtype=held.W.dtype),)
-    else:
-        x = torch.randn(7, WIDTH, generator=generator, dtype=held.W.dtype)
-        weight, expert = torch.rand(7, held.W.shape[0], generator=generator).topk(2)
-        args = (x, expert, weight.to(x.dtype))
-    return functional_call(held.module, kept or {}, args)
 
 
 def test_the_start_is_the_base(method, family):
@@ -218,10 +157,6 @@ def test_autocast(method, family):
     grads = gradients(model)
     assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(g.dtype is torch.float32 and g.isfinite().all() for g in grads.values())
-
-
-def parameters(model):
-    return {name: p for name, p in model.named_parameters() if ".delta." in name}
 
 
 def test_save_and_load_are_bitwise(method, family, tmp_path):
@@ -361,51 +296,6 @@ def test_masked_delta_computes_its_masked_weight(method, family):
     assert_close_by_norm(logits(dl.merged(model)), logits(model), 1e-10)
 
 
-@with_experts
-@of(lambda family: family.experts)
-def test_experts_compute_the_same_by_every_implementation(method, family):
-    model = adapted(method, family)
-    batch = inputs(model)
-    found = {}
-    for way in ("eager", "grouped_mm", "batched_mm"):
-        model.set_experts_implementation(way)
-        model.zero_grad()
-        out = model(**batch)
-        out.loss.backward()
-        found[way] = out.logits.detach(), gradients(model)
-    want, grads = found.pop("eager")
-    bound = FAMILIES[family].merged
-    for got, others in found.values():
-        assert_close_by_norm(got, want, bound)
-        assert others.keys() == grads.keys()
-        for name in grads:
-            assert_close_by_norm(others[name], grads[name], max(10 * bound, 1e-4))
-
-
-@with_experts
-@of(lambda family: family.experts)
-def test_experts_hold_an_adapted_copy_only_while_they_compute(method, family):
-    model = adapted(method, family)
-    seen = []
-    for module in {id(p.module): p.module for p in places(model).values() if p.kind == "experts"}.values():
-        W = module._parameters["down_proj"]
-        original = module._apply_gate
-
-        def gate(*args, module=module, W=W, original=original):
-            seen.append((module.down_proj is not W, not torch.equal(module.down_proj, W)))
-            return original(*args)
-
-        module._apply_gate = gate
-        assert module.down_proj is W
-    logits(model)
-    assert seen
-    assert all(copied and other for copied, other in seen)
-    for held in places(model).values():
-        if held.kind == "experts":
-            assert getattr(held.module, held.name) is held.module._parameters[held.name]
-            assert "_shown" not in held.module.__dict__
-
-
 PATHS = {
     "linear": "model.layers.0.self_attn.q_proj",
     "embedding": "model.embed_tokens",
@@ -424,13 +314,6 @@ def test_a_kind_of_weight_is_taken_or_refused_by_name(method, kind):
     with pytest.raises(dl.UserError, match=rf"{method.__name__} does not go on '{path}'"):
         dl.adapt(model, method(targets=[path]))
     assert states_equal(model, model_of("mixtral"))
-
-
-def holding_constants(module):
-    """What a method's backward takes for a constant stays what it first is: finite differences have to hold it too."""
-    for delta in module.modules():
-        if isinstance(delta, Delta):
-            delta.constant = functools.partial(lambda first, value: first.setdefault("value", value.detach()), {})
 
 
 @where_it_sits

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import deltalab as dl
-from deltalab.deltas.select import decoder_blocks, layer_of, scored_linears
+from deltalab.deltas.select import decoder_blocks, layers_of, scored_linears
 from deltalab.deltas.sites import linears
 from tests.families import model_of
 from tests.helpers import tiny_gpt2, tiny_llama
@@ -49,7 +49,7 @@ def test_targets_of_a_llama(targets, want, count):
 
 def test_layers_from_both_ends():
     model = tiny_llama(layers=3)
-    assert {layer_of(model, name) for name in dl.select(model, "attention", [0, -1])} == {0, 2}
+    assert set(layers_of(model, dl.select(model, "attention", [0, -1])).values()) == {0, 2}
     with pytest.raises(dl.UserError, match=r"layers \[3\].*\n.*3 layers"):
         dl.select(model, "attention", [3])
     with pytest.raises(dl.UserError):

@@ -22,7 +22,20 @@ QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
 KEY = {"k_proj", "key", "k_lin", "wk", "k"}
 VALUE = {"v_proj", "value", "v_lin", "wv", "v"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "in_proj", "wqkv"}
-DOWN = ("down_proj", "fc2", "c_proj", "wo", "Wo", "w2", "dense_4h_to_h", "fc_out", "output.dense", "lin2", "ff_out", "ffn_output")
+DOWN = (
+    "down_proj",
+    "fc2",
+    "c_proj",
+    "wo",
+    "Wo",
+    "w2",
+    "dense_4h_to_h",
+    "fc_out",
+    "output.dense",
+    "lin2",
+    "ff_out",
+    "ffn_output",
+)
 """The last linear of an MLP, by the names and ends of paths that models give it."""
 
 
@@ -120,9 +133,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(stacks(model).items()))
 
 
-def layer_of(model: nn.Module, name: str) -> int | None:
-    """The index of the block that a path lies in, in its own stack, or None outside the blocks."""
-    return _index(stacks(model), name)
+def layers_of(model: nn.Module, names: Iterable[str]) -> dict[str, int | None]:
+    """Of each path the index of the block that it lies in, in its own stack, or None outside the blocks."""
+    lists = list(stacks(model))
+    return {name: _index(lists, name) for name in names}
 
 
 def layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> set[int] | None:

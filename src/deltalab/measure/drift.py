@@ -27,7 +27,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.adapt import base_weight, delta_entries, delta_weight
 from deltalab.deltas.base import weight_of
-from deltalab.deltas.select import layer_of
+from deltalab.deltas.select import layers_of
 from deltalab.measure.entry_sums import Draws, Indices, Listed, Stream, Terms, terms_of
 
 __all__ = ["MEASURES", "Draws", "DriftProbe", "Indices", "drift", "measured", "snapshot"]
@@ -124,8 +124,7 @@ class DriftProbe:
             for table, stream in zip(tables, streams, strict=True):
                 table[row] = stream.sums(terms)
         layers: dict[str, list[int]] = defaultdict(list)
-        for row, path in enumerate(self.paths):
-            layer = layer_of(model, path)
+        for row, layer in enumerate(layers_of(model, self.paths).values()):
             layers["other" if layer is None else str(layer)].append(row)
         groups, nulls = tables[: len(self.groups)], tables[len(self.groups) :]
         return {

@@ -22,7 +22,7 @@ from deltalab.core.files import remove
 from deltalab.core.scratch import make_scratch
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import as_stored
-from deltalab.deltas.select import layer_of
+from deltalab.deltas.select import layers_of
 from deltalab.safety.calibration import Batch, Calibration, Sample, flat_places, told
 from deltalab.safety.magnitudes import Base, Magnitudes
 from deltalab.safety.manifest import describe
@@ -89,8 +89,7 @@ def groups(model: nn.Module, paths: Sequence[str], mode: str, blocks: int) -> li
     if mode == "resident":
         return [list(paths)] if paths else []
     found: dict[int | None, list[str]] = {}
-    for path in paths:
-        layer = layer_of(model, path)
+    for path, layer in layers_of(model, paths).items():
         found.setdefault(None if layer is None else layer // blocks, []).append(path)
     return list(found.values())
 

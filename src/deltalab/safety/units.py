@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.base import weight_of
-from deltalab.deltas.select import in_attention, layer_of, model_name
+from deltalab.deltas.select import in_attention, layers_of, model_name
 from deltalab.deltas.sites import linears
 from deltalab.safety.group import Group
 
@@ -168,7 +168,8 @@ def units_of(model: nn.Module, kind: str) -> Units:
     """
     if kind not in get_args(Kind):
         raise UserError(f"'{kind}' is no unit.", nearest=nearest(kind, get_args(Kind)), next=", ".join(get_args(Kind)))
-    inside = {name: module for name, module in linears(model).items() if layer_of(model, name) is not None}
+    found = linears(model)
+    inside = {name: found[name] for name, layer in layers_of(model, found).items() if layer is not None}
     shapes = {name: (int(weight_of(m).shape[0]), int(weight_of(m).shape[1])) for name, m in inside.items()}
     if kind == "row":
         return Units(kind, [Family(path, out, (Part(path, 0),)) for path, (out, _) in shapes.items()], shapes)
