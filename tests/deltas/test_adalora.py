@@ -320,12 +320,17 @@ def test_a_step_that_was_left_out_does_not_stop_the_schedule():
 @pytest.mark.parametrize(("fields", "said"), [
     ({"target_r": 7}, "target_r 7 is more than init_r 6"),
     ({"tinit": 20, "tfinal": 20}, "leave none of 40 steps"),
-    ({"betas": (1.0, 0.5)}, "less than 1"),
+    ({"beta1": 1.0}, "less than 1"),
     ({"tinit": -1}, "tinit"),
 ])  # fmt: skip
 def test_faults_of_the_spec(fields, said):
     with pytest.raises(ValueError, match=said):
         spec(**fields)
+
+
+def test_a_rank_for_a_module_that_is_not_there():
+    with pytest.raises(dl.UserError, match="rank_pattern names 'model.layers.9.self_attn.q_proj'"):
+        ours(rank_pattern={"model.layers.9.self_attn.q_proj": 1})
 
 
 def test_two_groups_have_their_own_budgets():

@@ -7,7 +7,7 @@ least important ones of all modules together are taken away, by a budget that fa
 near orthogonal: ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖, as in peft; the paper squares them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import pydantic
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltalab.core.errors import UserError
+from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Bool, Float, Int
 from deltalab.core.spec import build
 from deltalab.deltas import budget
@@ -27,8 +27,8 @@ Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 ASIDE = 1e-5
 """What peft adds to the rank that it divides by."""
-SAME = {"init_r": "init_r", "target_r": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "tinit": "tinit",
-        "tfinal": "tfinal", "delta_t": "deltaT", "orth_reg_weight": "orth_reg_weight", "total_step": "total_step"}  # fmt: skip
+SAME = {"alpha": "lora_alpha", "dropout": "lora_dropout", "delta_t": "deltaT",
+        **{key: key for key in ("init_r", "target_r", "tinit", "tfinal", "beta1", "beta2", "orth_reg_weight", "total_step")}}  # fmt: skip
 """Field -> its key in peft's config."""
 
 
@@ -38,7 +38,7 @@ class AdaLoRA(DeltaSpec):
     init_r: rank of every module at the start. target_r: mean rank at the end. alpha: s = alpha / (init_r + 1e-5).
     dropout: probability that an entry of the delta's input is dropped in training.
     tinit, tfinal: optimizer steps before the first and after the last pruning; below one, a fraction of all steps.
-    delta_t: steps from one pruning to the next. betas: of the moving averages of sensitivity and of its variation.
+    delta_t: steps from one pruning to the next. beta1, beta2: of the moving averages of sensitivity and its variation.
     orth_reg_weight: weight of the penalty. total_step: all steps; None takes what the training loop knows.
     rank_pattern: path -> rank, of modules that a loaded file has pruned.
     """
@@ -51,15 +51,14 @@ class AdaLoRA(DeltaSpec):
     tinit: Steps = 0.1
     tfinal: Steps = 0.3
     delta_t: int = Field(1, ge=1)
-    betas: tuple[Decay, Decay] = (0.85, 0.85)
+    beta1: Decay = 0.85
+    beta2: Decay = 0.85
     orth_reg_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     total_step: int | None = Field(None, ge=1)
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
 
     peft_type: ClassVar[str | None] = "ADALORA"
-    peft_keys: ClassVar[frozenset[str]] = frozenset(
-        {*SAME.values(), "beta1", "beta2", "rank_pattern", "r", "init_lora_weights"}
-    )
+    peft_keys: ClassVar[frozenset[str]] = frozenset({*SAME.values(), "rank_pattern", "r", "init_lora_weights"})
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> Self:
@@ -68,6 +67,13 @@ class AdaLoRA(DeltaSpec):
         if self.total_step is not None and Schedule.of(self.tinit, self.tfinal, self.total_step) is None:
             raise ValueError(f"tinit and tfinal leave none of {self.total_step} steps to prune in")
         return self
+
+    def each(self, paths: Sequence[str]) -> dict[str, Self]:
+        """Raises: UserError if rank_pattern names another module."""
+        unknown = sorted(self.rank_pattern.keys() - set(paths))
+        if unknown:
+            raise UserError(f"rank_pattern names '{unknown[0]}', which is none of AdaLoRA's modules.", nearest=nearest(unknown[0], paths))  # fmt: skip
+        return super().each(paths)
 
     def build(self, site: Site) -> "AdaLoRADelta":
         rank = self.rank_pattern.get(site.path, self.init_r)
@@ -95,7 +101,7 @@ class AdaLoRA(DeltaSpec):
                 raise UserError("AdaLoRA looks at the gradients after a step, and there are none.",
                                 next="call deltalab.step(model) after optimizer.step() and before optimizer.zero_grad()")  # fmt: skip
             for delta in own.values():
-                budget.observe(delta, self.betas)
+                budget.observe(delta, (self.beta1, self.beta2))
             now = schedule.first < t and t % self.delta_t == 0
         else:
             now = not last_before or before < last_before
@@ -126,7 +132,7 @@ class AdaLoRA(DeltaSpec):
 
     def to_peft(self) -> dict[str, Any]:
         part = {key: getattr(self, field) for field, key in SAME.items()}
-        return {**part, "beta1": self.betas[0], "beta2": self.betas[1], "init_lora_weights": True}
+        return {**part, "init_lora_weights": True}
 
     @classmethod
     def common_peft(cls, parts: dict[str, dict[str, Any]], deltas: Mapping[str, Delta]) -> dict[str, Any] | None:
@@ -149,7 +155,6 @@ class AdaLoRA(DeltaSpec):
         fields = {field: config[key] for field, key in SAME.items() if config.get(key) is not None}
         given = {"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, **fields}  # peft's defaults
         given["target_r"] = min(given["target_r"], given["init_r"])  # as there: it prunes nothing
-        given["betas"] = (config.get("beta1", 0.85), config.get("beta2", 0.85))
         ranks = {}
         for name, rows in (config.get("rank_pattern") or {}).items():
             path = name.removesuffix(".default").removesuffix(".lora_E")

@@ -96,7 +96,8 @@ class SavesAdapter:
         Raises: UserError as `save_adapter`, but for schedules that are on their way in training.
         """
         if not is_adapted(self.model):  # unloaded, or a merged copy
-            type(self.model).save_pretrained(self.model, save_directory, is_main_process=is_main_process, **options)
+            plain: Any = type(self.model)
+            plain.save_pretrained(self.model, save_directory, is_main_process=is_main_process, **options)
         elif is_main_process and self.training:
             write_adapter(self.model, save_directory)
             state = {name: t.detach().cpu().contiguous() for name, t in trained_state(self.model).items()}
