@@ -35,6 +35,27 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "experts' orientation", "deltas/sites.py", "return W.mT if self.transposed else W", "return W",
+        "tests/deltas/test_sites.py",
+    ),
+    mutant(
+        "experts keep their adapted copy", "deltas/attach.py", 'del self.__dict__["_shown"]', "pass",
+        "tests/conformance/test_experts.py",
+    ),
+    mutant(
+        "kernels taken for experts", "deltas/sites.py", " and 1 not in p.shape[1:]", "", "tests/deltas/test_sites.py",
+    ),
+    mutant(
+        "any embedding taken", "deltas/attach.py",
+        'code is not None and {"super", "forward"} <= set(code.co_names) for', "True for",
+        "tests/deltas/test_sites.py",
+    ),
+    mutant(
+        "presets leave the blocks", "deltas/select.py",
+        "for name, module in linears(model).items() if name.startswith(inside)", "for name, module in linears(model).items()",
+        "tests/deltas/test_select.py",
+    ),
+    mutant(
         "alpha/r dropped", "deltas/lowrank.py",
         "return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)", "return self.alpha",
         "tests/deltas/test_lora.py", "tests/conformance",

@@ -3,7 +3,7 @@ becomes a subclass that asks it.
 
 A linear or an embedding hands its delta the input and its own forward. Experts, whose forward reads 3-D parameters as it
 likes, are shown the adapted weights in place of them: that works with every implementation of the experts' forward, and
-costs one adapted copy of each stack while the forward runs.
+costs one adapted copy of each stack while the forward runs, in training until its backward is done.
 
 The module keeps its place, its parameters, their names and ties, so state-dict keys, hooks, deepcopy and
 `save_pretrained` go on working, and taking the delta off again leaves no trace.
