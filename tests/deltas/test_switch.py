@@ -263,6 +263,23 @@ def test_a_failure_leaves_the_active_one_as_it_was(fault, active, want, tmp_path
         assert torch.equal(logits(dl.set_active(model, name)), want[name])
 
 
+@pytest.mark.parametrize(
+    "spec", [dl.LoRA(r=2), [dl.LoRA(r=2), dl.Train("v_proj")]], ids=["peft's format", "own format"]
+)
+def test_an_interrupted_load_brings_the_active_one_back(spec, want, tmp_path, monkeypatch):
+    dl.save_adapter(dl.adapt(base(), spec), tmp_path)
+    model = together()
+    dl.set_active(model, "it")
+    before = copy.deepcopy(model)
+    for place in ("base.Delta.from_peft", "own_format.load_trained_state"):
+        monkeypatch.setattr(f"deltalab.deltas.{place}", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dl.load_adapter(model, tmp_path, adapter="new")
+    assert adapters(model) == adapters(before)
+    assert states_equal(model, before)
+    assert torch.equal(logits(model), want["it"])
+
+
 def test_an_interrupted_start_brings_the_active_one_back(want, monkeypatch):
     model = together()
     dl.set_active(model, "fr")
