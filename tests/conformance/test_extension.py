@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-SUITE = ROOT / "tests" / "conformance" / "test_methods.py"
+SUITE = [ROOT / "tests" / "conformance" / name for name in ("test_methods.py", "test_experts.py")]
 
 METHOD = '''
 """Scale: every output of a linear map times a number of its own.
@@ -102,7 +102,7 @@ def run_suite(folder, sources, *options):
     table = {name: f"temp_pkg.{name.lower()}" for name in sources}
     (folder / "temp_plugin.py").write_text(textwrap.dedent(PLUGIN.format(methods=table)))
     report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "temp_plugin", str(SUITE), f"--junitxml={report}", *options]
+    command = [sys.executable, "-m", "pytest", "-p", "temp_plugin", *map(str, SUITE), f"--junitxml={report}", *options]
     code = f"import sys, pytest; sys.path.insert(0, {str(folder)!r}); raise SystemExit(pytest.main({command[3:]!r}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode in (0, 1), ran.stdout + ran.stderr  # passed or failed, and nothing worse
@@ -123,7 +123,8 @@ def wrong(name):
 
 def functions():
     """Names of the tests of the suite."""
-    return {line[9:].partition("(")[0] for line in SUITE.read_text().splitlines() if line.startswith("def test_")}
+    lines = [line for path in SUITE for line in path.read_text().splitlines()]
+    return {line[9:].partition("(")[0] for line in lines if line.startswith("def test_")}
 
 
 def test_a_method_is_one_file_and_one_line(tmp_path):
