@@ -35,6 +35,22 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "halves of a byte change places", "quant/groups.py", "torch.stack((packed & 15, packed >> 4), -1)",
+        "torch.stack((packed >> 4, packed & 15), -1)", "tests/quant/test_groups.py",
+    ),
+    mutant(
+        "any change goes into the offsets", "quant/linear.py",
+        "if not torch.equal(parts, parts[..., :1].expand_as(parts)):", "if False:", "tests/deltas/test_qalora.py",
+    ),
+    mutant(
+        "scales follow a cast to 16 bit", "quant/linear.py", "if self.scale.dtype is not wide:", "if False:",
+        "tests/quant/test_linear.py",
+    ),
+    mutant(
+        "a start's part stays in the quantised base", "deltas/starts.py", "W - s * pair.B @ pair.A", "W",
+        "tests/quant/test_base.py",
+    ),
+    mutant(
         "experts' orientation", "deltas/sites.py", "return W.mT if self.transposed else W", "return W",
         "tests/deltas/test_sites.py",
     ),

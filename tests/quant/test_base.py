@@ -212,6 +212,29 @@ def test_own_weights_train_beside_a_quantised_base(folder):
     assert states_equal(dl.unload(perturbed(model)), dl.load(folder, quantize="int8")[0])
 
 
+def test_a_base_of_bitsandbytes_works_and_is_not_merged(tmp_path):
+    import bitsandbytes as bnb
+
+    model = tiny_llama(hidden=64, mlp=64)
+    for path in select(model, "all-linear"):
+        four = bnb.nn.Linear4bit(64, model.get_submodule(path).out_features, bias=False, compute_dtype=torch.float32)
+        four.load_state_dict(model.get_submodule(path).state_dict())
+        model.set_submodule(path, four.to("cpu"))
+    total = sum(p.numel() for p in tiny_llama(hidden=64, mlp=64).parameters())
+    plain = copy.deepcopy(model)
+    perturbed(dl.adapt(model, [dl.LoRA(r=4, targets="attention"), dl.QALoRA(r=4, targets="mlp")]))
+    assert dl.trainable(model).total == total
+    dl.save_adapter(model, tmp_path)
+    there = model(tokens()).logits
+    assert torch.equal(dl.load_adapter(copy.deepcopy(plain), tmp_path)(tokens()).logits, there)
+    with pytest.raises(dl.UserError, match=r"q_proj' is kept as codes[\s\S]*Linear4bit[\s\S]*full-precision"):
+        dl.merged(model)
+    assert torch.equal(model(tokens()).logits, there)
+    assert torch.equal(dl.unload(model)(tokens()).logits, plain(tokens()).logits)
+    with pytest.raises(dl.UserError, match="quantised already"):
+        quantise(plain, INT8)
+
+
 def distances(model, start=tiny_llama):
     """‖W − (Ŵ + ΔW)‖ of every quantised matrix, W that of the model that was loaded."""
     whole = start()

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from deltalab.deltas.ia3 import IA3 as IA3
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
+    from deltalab.deltas.qalora import QALoRA as QALoRA
     from deltalab.deltas.vera import VeRA as VeRA
 
 METHODS = {
     "LoRA": "deltalab.deltas.lora",
     "AdaLoRA": "deltalab.deltas.adalora",
     "DoRA": "deltalab.deltas.dora",
+    "QALoRA": "deltalab.deltas.qalora",
     "IA3": "deltalab.deltas.ia3",
     "VeRA": "deltalab.deltas.vera",
 }

@@ -3,7 +3,7 @@
     Ŵ = scale · code + offset,   code = 0 … 2^bits − 1,   scale = (max − min) / (2^bits − 1),   offset = min
 
 scale and offset are one value a (row, group), in fp32 or wider, so an entry is at most scale / 2 away from its weight.
-The offset is the zero factor β of QA-LoRA (Xu et al. 2023, arXiv:2309.14717, eq. 3): a change of the weight that is
+The offset is the zero factor β of QA-LoRA (Xu et al. 2023, arXiv:2309.14717): a change of the weight that is
 constant within groups is added to it and to nothing else. A zero point counted in steps, scale · (code − zero), would
 have to divide such a change by the scale, which may be tiny, or zero where a group is constant.
 """

@@ -64,7 +64,7 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         model, tokenizer = load(
             spec.model, dtype="float32" if own_weights else spec.run.dtype,
             device_map=None if device.type == "cpu" else device,
-            adapt=spec.adapt, seed=spec.seed, calibration=calibration(spec, conversations, tests),
+            quantize=spec.quantize, adapt=spec.adapt, seed=spec.seed, calibration=calibration(spec, conversations, tests),
         )  # fmt: skip
         base = model_digest(model)
         say(str(trainable(model)), progress)

@@ -9,6 +9,7 @@ from deltalab.core.spec import Spec
 from deltalab.data.chat import TooLong
 from deltalab.data.tasks import DataSpec
 from deltalab.deltas import any_spec
+from deltalab.quant.linear import Quantisation
 
 DEFAULT_ADAPT = [{"method": "lora", "r": 8, "alpha": 16.0, "dropout": 0.05, "targets": "q,v"}]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -83,9 +84,13 @@ class LoopSpec(Spec):
 
 
 class TrainSpec(LoopSpec):
-    """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`."""
+    """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`.
+
+    quantize: the linears of its blocks to int4 or int8 while it is loaded, see `deltalab.load`.
+    """
 
     model: str
+    quantize: Quantisation | None = None
     adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)
     data: Annotated[list[DataSpec], Field(min_length=1)]
     output: str | None = None
