@@ -93,42 +93,13 @@ class AdaLoRA(DeltaSpec):
         Raises: UserError if the number of steps is not known or does not fit, or the gradients are gone.
         """
         own = _own(deltas)
-        before, last_before, known = _any(own).clock.tolist()
+        known = int(_any(own).clock[2])
         schedule = budget.schedule(self.tinit, self.tfinal, self.total_step, total, known)
-        t = before + 1 if t is None else t
-        if t < schedule.last:
-            if all(delta.E.grad is None for delta in own.values()):
-                raise UserError("AdaLoRA looks at the gradients after a step, and there are none.",
-                                next="call deltalab.step(model) after optimizer.step() and before optimizer.zero_grad()")  # fmt: skip
-            for delta in own.values():
-                budget.observe(delta, (self.beta1, self.beta2))
-            now = schedule.first < t and t % self.delta_t == 0
-        else:
-            now = not last_before or before < last_before
-        if now:
-            budget.prune(own, self.target_r * len(own), schedule.left(t))
-        for delta in own.values():
-            if now or t >= schedule.last:
-                budget.apply(delta)
-            if t >= schedule.last:
-                budget.forget(delta)
-            delta.clock.copy_(torch.tensor([t, schedule.last, schedule.total]))
+        budget.after_step(own, schedule, t, self.delta_t, (self.beta1, self.beta2), self.target_r)
 
     def require_ready(self, deltas: Mapping[str, Delta]) -> None:
         """Raises: UserError if it trained and its schedule did not end: that would be LoRA with a penalty."""
-        own = _own(deltas)
-        t, last, _ = _any(own).clock.tolist()
-        trained = any(not torch.equal(delta.E, delta.start) for delta in own.values())
-        over = sum(len(delta.E) for delta in own.values()) > self.target_r * len(own)
-        grown = any(delta.E[~delta.mask].any() for delta in own.values())
-        ended = budget.ended(_any(own))
-        if trained and over and (grown or not ended):
-            short = f"it stopped at step {t} of {last}" if last else "it never began"
-            raise UserError(
-                "AdaLoRA was trained, and its schedule did not run to the end: the ranks are not what they should be.",
-                found="training went on without it" if ended else short,
-                next="after each optimizer.step() call deltalab.step(model, t, total), or train with deltalab.train, or with transformers.Trainer and a deltalab.TrainerCallback()",
-            )
+        budget.require_ended(_own(deltas), self.target_r)
 
     def to_peft(self) -> dict[str, Any]:
         part = {key: getattr(self, field) for field, key in SAME.items()}

@@ -77,6 +77,53 @@ def register(delta: nn.Module) -> None:
             delta.register_buffer(f"{average}_{part}", torch.zeros_like(delta.get_parameter(part)))
 
 
+def after_step(
+    deltas: Mapping[str, nn.Module], schedule: Schedule, t: int | None, every: int, betas: tuple[float, float], r: int
+) -> None:
+    """Observe the sensitivities after step t, prune where the schedule says so, and keep the state of the run.
+
+    t None: the step after the last one. every: steps from one pruning to the next. r: mean rank in the end.
+    Raises: UserError if the gradients are gone.
+    """
+    before, last_before, _ = next(iter(deltas.values())).get_buffer("clock").tolist()
+    t = before + 1 if t is None else t
+    over = t >= schedule.last
+    if over:
+        now = not last_before or before < last_before
+    else:
+        if all(delta.get_parameter("E").grad is None for delta in deltas.values()):
+            raise UserError("a budget of ranks looks at the gradients after a step, and there are none.",
+                            next="call deltalab.step(model) after optimizer.step() and before optimizer.zero_grad()")  # fmt: skip
+        for delta in deltas.values():
+            observe(delta, betas)
+        now = schedule.first < t and t % every == 0
+    if now:
+        prune(deltas, r * len(deltas), schedule.left(t))
+    for delta in deltas.values():
+        if now or over:
+            apply(delta)
+        if over:
+            forget(delta)
+        delta.get_buffer("clock").copy_(torch.tensor([t, schedule.last, schedule.total]))
+
+
+def require_ended(deltas: Mapping[str, nn.Module], r: int) -> None:
+    """Raises: UserError if the deltas trained and the schedule did not end: that would be another method."""
+    first = next(iter(deltas.values()))
+    t, last, _ = first.get_buffer("clock").tolist()
+    entries = {path: delta.get_parameter("E") for path, delta in deltas.items()}
+    trained = any(not torch.equal(E, deltas[path].get_buffer("start")) for path, E in entries.items())
+    over = sum(map(len, entries.values())) > r * len(deltas)
+    grown = any(E[~deltas[path].get_buffer("mask")].any() for path, E in entries.items())
+    if trained and over and (grown or not ended(first)):
+        short = f"it stopped at step {t} of {last}" if last else "it never began"
+        raise UserError(
+            "AdaLoRA was trained, and its schedule did not run to the end: the ranks are not what they should be.",
+            found="training went on without it" if ended(first) else short,
+            next="after each optimizer.step() call deltalab.step(model, t, total), or train with deltalab.train, or with transformers.Trainer and a deltalab.TrainerCallback()",
+        )
+
+
 def ended(delta: nn.Module) -> bool:
     """Whether the last pruning is done."""
     t, last, _ = delta.get_buffer("clock").tolist()

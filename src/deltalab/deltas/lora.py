@@ -28,13 +28,12 @@ from torch.nn import functional as F
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import Base, Delta, Dropout, Factors, Kind, Site, Start, WeightDelta, through
-from deltalab.deltas.init import Pair, gaussian, normal, orthogonal
-from deltalab.deltas.lowrank import LowRankSpec, kaiming
-from deltalab.deltas.starts import LOOKING, PARTS, looked_for, require_same_again, shared_out
+from deltalab.deltas.init import Pair
+from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, of_experts
+from deltalab.deltas.select import leaf
+from deltalab.deltas.starts import LOOKING, PARTS, drawn, looked_for, require_same_again, shared_out, start_from_peft
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]
-PEFT_STARTS = {True: "kaiming", False: "random"} | {name: name for name in ("gaussian", "orthogonal", *LOOKING)}
-"""peft's `init_lora_weights` -> `init`."""
 
 
 class LoRA(LowRankSpec):
@@ -71,11 +70,9 @@ class LoRA(LowRankSpec):
         return LoRADelta(site, self)
 
     def trains(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
-        there = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-        if self.bias == "lora_only":
-            own = {f"{path}.bias" for path in paths}
-            return [name for name in there if name in own]
-        return there if self.bias == "all" else []
+        own = {f"{path}.bias" for path in paths}
+        biases = [name for name, _ in model.named_parameters() if leaf(name) == "bias"] if self.bias != "none" else []
+        return [name for name in biases if self.bias == "all" or name in own]
 
     @property
     def calibrates(self) -> bool:
@@ -99,8 +96,8 @@ class LoRA(LowRankSpec):
             raise UserError(f"bias='{self.bias}' trains nothing: there are no such biases.", next="bias='none'")
         if self.init in LOOKING:
             mine = {path: delta for path, delta in deltas.items() if isinstance(delta, LoRADelta)}
-            drawn = {path: Factors(delta.A.detach(), delta.B.detach(), delta.s) for path, delta in mine.items()}
-            for path, pair in looked_for(self.init, model, drawn, start, self.svd_steps):
+            held = {path: Factors(delta.A.detach(), delta.B.detach(), delta.s) for path, delta in mine.items()}
+            for path, pair in looked_for(self.init, model, held, start, self.svd_steps):
                 mine[path].start_at(pair, moved=start.quantising is not None and path in start.quantising)
 
     def begin_again(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -124,20 +121,8 @@ class LoRA(LowRankSpec):
 
     @classmethod
     def fields_from_peft(cls, config: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-        said = config.get("init_lora_weights", True)
-        start = said.lower() if isinstance(said, str) else said
-        steps = None
-        if isinstance(start, str) and start.startswith("pissa_niter_") and start[12:].isdigit():
-            start, steps = "pissa", int(start[12:])
-        if start not in PEFT_STARTS:
-            raise UserError(f"init_lora_weights={said!r} is not supported.", nearest=[str(name) for name in PEFT_STARTS],
-                            next="convert the adapter to plain LoRA with peft first")  # fmt: skip
-        eva = config.get("eva_config") or {}
-        fields = {
-            "init": PEFT_STARTS[start], "svd_steps": steps, "bias": config.get("bias", "none"),
-            "rho": float(eva.get("rho", 1.0)) if start == "eva" else 1.0,
-        }  # fmt: skip
-        return super().fields_from_peft(config, paths) | fields
+        fields = super().fields_from_peft(config, paths)
+        return {**fields, **start_from_peft(config), "bias": config.get("bias", "none")}
 
 
 class LoRADelta(WeightDelta):
@@ -162,18 +147,7 @@ class LoRADelta(WeightDelta):
         self.drop = Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
     def init(self, generator: torch.Generator) -> None:
-        with torch.no_grad():
-            self.A.zero_()
-            self.B.zero_()
-            if self.start in ("gaussian", "orthogonal"):
-                drawn = gaussian if self.start == "gaussian" else orthogonal
-                self.start_at(drawn(self.A, self.B, generator))
-            elif self.kind == "embedding" and self.start == "kaiming":
-                self.start_at(Pair(self.A, normal(self.B, generator)))  # a row of A is one token's
-            else:
-                kaiming(self.A, generator)
-                if self.start == "random":
-                    kaiming(self.B, generator)
+        self.start_at(drawn(self.start, self.A, self.B, generator, self.kind))
 
     def start_at(self, pair: Pair, *, moved: bool = False) -> None:
         """Set A and B; where they are a part of W, the change is counted from here, unless they moved out of the base."""
@@ -217,21 +191,17 @@ class LoRADelta(WeightDelta):
     def _named(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         if self.kind == "embedding":
             return {"lora_embedding_A": A, "lora_embedding_B": B}
-        if (
-            self.kind == "experts"
-        ):  # one matrix each: of A the experts' rows one after the other, of B their columns mixed
-            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        if self.kind == "experts":
+            A, B = in_one_matrix(A, B)
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def from_peft(self, tensors: dict[str, Tensor]) -> None:
-        if self.kind == "experts":
-            experts, out, r = self.B.shape
-            A, B = tensors["lora_A.weight"], tensors["lora_B.weight"].view(out, r, experts).permute(2, 0, 1)
-            with torch.no_grad():
-                self.A.copy_(A.view(self.A.shape))
-                self.B.copy_(B)
-        else:
-            super().from_peft(tensors)
+        if self.kind != "experts":
+            return super().from_peft(tensors)
+        A, B = of_experts(tensors["lora_A.weight"], tensors["lora_B.weight"], len(self.A))
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.copy_(B)
 
     def extra_repr(self) -> str:
         return f"r={self.A.shape[-2]}, s={self.s:g}"

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deltalab.core.errors import UserError
+from deltalab.core.shapes import Float
 from deltalab.core.spec import build
 from deltalab.deltas.base import Delta, DeltaSpec
 from deltalab.deltas.select import pattern_matches
@@ -105,6 +106,17 @@ def kaiming(A: Tensor, generator: torch.Generator) -> None:
     draw = torch.rand(A.shape, generator=generator, dtype=A.dtype)
     with torch.no_grad():
         A.copy_((2 * draw - 1) / math.sqrt(A.shape[-1]))
+
+
+def in_one_matrix(A: Float[Tensor, "e r in"], B: Float[Tensor, "e out r"]) -> tuple[Tensor, Tensor]:
+    """Experts' A and B as peft's files hold them: (e·r, in), one expert after the other, and (out, r·e), experts last."""
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
+def of_experts(A: Float[Tensor, "er in"], B: Float[Tensor, "out re"], experts: int) -> tuple[Tensor, Tensor]:
+    """`in_one_matrix` undone: A (e, r, in) and B (e, out, r)."""
+    r = len(A) // experts
+    return A.view(experts, r, -1), B.view(-1, r, experts).permute(2, 0, 1)
 
 
 def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:

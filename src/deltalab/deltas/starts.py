@@ -5,6 +5,7 @@ The mathematics is in `deltalab.deltas.init`; here is what it is given, and when
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +13,61 @@ from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Factors, Start
-from deltalab.deltas.init import Pair, eva, explained, loftq, olora, pissa, pissa_fast
+from deltalab.deltas.base import Factors, Kind, Start
+from deltalab.deltas.init import Pair, eva, explained, gaussian, loftq, normal, olora, orthogonal, pissa, pissa_fast
+from deltalab.deltas.lowrank import kaiming
 from deltalab.deltas.moments import Moments, moments
 from deltalab.deltas.sites import place
 
 PARTS = ("pissa", "olora")
 """Starts that are a part of W, so that the change is counted from there."""
 LOOKING = (*PARTS, "loftq", "eva")
+PEFT_STARTS = {True: "kaiming", False: "random"} | {name: name for name in ("gaussian", "orthogonal", *LOOKING)}
+"""peft's `init_lora_weights` -> what it is called here."""
+
+
+def drawn(how: str, A: Tensor, B: Tensor, generator: torch.Generator, kind: Kind) -> Pair:
+    """A start that looks at nothing, in the shapes of A and B; of one that looks, what is there before."""
+    if how == "gaussian":
+        return gaussian(A, B, generator)
+    if how == "orthogonal":
+        return orthogonal(A, B, generator)
+    if how == "kaiming" and kind == "embedding":
+        return Pair(torch.zeros_like(A), normal(B, generator))  # a column of A is one token's
+    A, B = torch.zeros_like(A), torch.zeros_like(B)
+    kaiming(A, generator)
+    if how == "random":
+        kaiming(B, generator)
+    return Pair(A, B)
+
+
+def start_from_peft(config: dict[str, Any]) -> dict[str, Any]:
+    """{init, svd_steps, rho} by a peft config. Raises: UserError for a start that is not here."""
+    said = config.get("init_lora_weights", True)
+    start = said.lower() if isinstance(said, str) else said
+    steps = None
+    if isinstance(start, str) and start.startswith("pissa_niter_") and start[12:].isdigit():
+        start, steps = "pissa", int(start[12:])
+    if start not in PEFT_STARTS:
+        raise UserError(f"init_lora_weights={said!r} is not supported.", nearest=[str(name) for name in PEFT_STARTS],
+                        next="convert the adapter to plain LoRA with peft first")  # fmt: skip
+    rho = (config.get("eva_config") or {}).get("rho", 1.0) if start == "eva" else 1.0
+    return {"init": PEFT_STARTS[start], "svd_steps": steps, "rho": float(rho)}
 
 
 def looked_for(
-    how: str, model: nn.Module, drawn: Mapping[str, Factors], start: Start, svd_steps: int | None
+    how: str, model: nn.Module, held: Mapping[str, Factors], start: Start, svd_steps: int | None
 ) -> Iterator[tuple[str, Pair]]:
-    """(path, A and B) of each module, one matrix at a time. drawn: what the modules hold; its A is random.
+    """(path, A and B) of each module, one matrix at a time. held: what the modules hold; its A is random.
 
     Raises: UserError if the weight is quantised already, or the start lacks what it looks at.
     """
     if how in ("eva", "loftq"):
-        _linears_alone(model, drawn, how)
+        _linears_alone(model, held, how)
     if how == "eva":
-        yield from _from_inputs(model, drawn, start)
+        yield from _from_inputs(model, held, start)
         return
-    for path, (A, _, s) in drawn.items():
+    for path, (A, _, s) in held.items():
         W, r = _weight(model, path, how).to(A.dtype), A.shape[-2]
         if how in PARTS:
             if how == "olora":
@@ -87,9 +120,9 @@ def shared_out(model: nn.Module, ranks: Mapping[str, int], rho: float, start: St
     return {path: counts[path] for path in ranks if counts[path]}
 
 
-def _from_inputs(model: nn.Module, drawn: Mapping[str, Factors], start: Start) -> Iterator[tuple[str, Pair]]:
-    for path, seen in _seen(model, {path: A.shape[-2] for path, (A, _, _) in drawn.items()}, start):
-        A, B, _ = drawn[path]
+def _from_inputs(model: nn.Module, held: Mapping[str, Factors], start: Start) -> Iterator[tuple[str, Pair]]:
+    for path, seen in _seen(model, {path: A.shape[-2] for path, (A, _, _) in held.items()}, start):
+        A, B, _ = held[path]
         yield path, Pair(eva(seen.scatter, A.shape[-2]), torch.zeros_like(B))
 
 
