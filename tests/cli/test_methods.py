@@ -9,7 +9,7 @@ from rich.console import Console
 
 from deltalab import deltas
 from deltalab.cli import methods as verb
-from deltalab.deltas.base import DeltaSpec
+from deltalab.deltas.spec import DeltaSpec
 from tests.cli.test_verbs import main
 
 SPECS = deltas.specs()

@@ -6,8 +6,9 @@ import torch
 from torch.func import functional_call
 
 import deltalab as dl
-from deltalab.deltas.base import Delta, DeltaSpec
+from deltalab.deltas.base import Delta
 from deltalab.deltas.sites import Place
+from deltalab.deltas.spec import DeltaSpec
 from tests.deltas.perturb import perturbed
 from tests.families import FAMILIES, WIDTH, loss_of, model_of
 from tests.helpers import tokens

@@ -29,7 +29,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltalab.deltas.base import Base, DeltaSpec, Kind, Site, WeightDelta
+from deltalab.deltas.base import Base, WeightDelta
+from deltalab.deltas.spec import DeltaSpec, Kind, Site
 
 
 class Scale(DeltaSpec):

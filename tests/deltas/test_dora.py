@@ -10,9 +10,9 @@ from torch import nn
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached, param_groups
-from deltalab.deltas.base import Site
 from deltalab.deltas.quantise import quantise
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import Site
 from deltalab.quant.linear import quantiser
 from tests.deltas.perturb import base_of, perturbed
 from tests.families import model_of

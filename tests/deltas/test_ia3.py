@@ -9,9 +9,9 @@ from torch import nn
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached, param_groups
-from deltalab.deltas.base import Site
 from deltalab.deltas.select import leaf
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import Site
 from tests.deltas.perturb import base_of, perturbed
 from tests.families import FAMILIES, model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_llama, tokens

@@ -9,8 +9,8 @@ import torch
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached, merged_weight
-from deltalab.deltas.base import Site
 from deltalab.deltas.quantise import quantise
+from deltalab.deltas.spec import Site
 from deltalab.quant.linear import GroupLinear, Quantiser
 from tests.deltas.perturb import base_of, perturbed, states_equal
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_gpt2, tiny_llama, tokens

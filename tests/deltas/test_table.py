@@ -7,7 +7,8 @@ import torch
 import deltalab as dl
 from deltalab import deltas
 from deltalab.core.spec import Spec, build
-from deltalab.deltas.base import DeltaSpec, WeightDelta, weight_of
+from deltalab.deltas.base import WeightDelta, weight_of
+from deltalab.deltas.spec import DeltaSpec
 from tests.helpers import tiny_gpt2
 
 

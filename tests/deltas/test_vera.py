@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached, param_groups
-from deltalab.deltas.base import Site
 from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.deltas.spec import Site
 from deltalab.deltas.vera import Projections
 from tests.deltas.perturb import base_of, perturbed, states_equal
 from tests.families import model_of

@@ -11,9 +11,10 @@ from torch import nn
 import deltalab as dl
 from deltalab.deltas import init, methods
 from deltalab.deltas.adapt import attached, base_state, base_weight, merged_weight, param_groups
-from deltalab.deltas.base import LINEARS, DeltaSpec
+from deltalab.deltas.base import LINEARS
 from deltalab.deltas.quantise import quantise
 from deltalab.deltas.select import select
+from deltalab.deltas.spec import DeltaSpec
 from deltalab.models.load import model_digest
 from deltalab.quant.linear import GroupLinear, Quantiser
 from tests.deltas.perturb import perturbed, states_equal

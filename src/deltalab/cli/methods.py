@@ -58,7 +58,7 @@ def command(
 
 def row_of(name: str, spec: type["Spec"]) -> Row:
     """The facts of one method."""
-    from deltalab.deltas.base import DeltaSpec
+    from deltalab.deltas.spec import DeltaSpec
 
     doc = sys.modules[spec.__module__].__doc__ or ""
     summary = " ".join(doc.split("\n\n")[0].split()).partition(": ")[2].partition(". ")[0].rstrip(".")
@@ -152,7 +152,8 @@ def _built(spec: Any) -> tuple[str, str]:
     """What trains in the method's delta, with shapes, and whether the delta is a change of the weight."""
     import torch
 
-    from deltalab.deltas.base import Kind, Site, WeightDelta
+    from deltalab.deltas.base import WeightDelta
+    from deltalab.deltas.spec import Kind, Site
 
     kind: Kind = "linear" if "linear" in spec.sits_on else min(spec.sits_on)
     shape = (1, OUT, IN) if kind == "experts" else (OUT, IN)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 if TYPE_CHECKING:
     from deltalab.core.spec import Spec
     from deltalab.deltas.adalora import AdaLoRA as AdaLoRA
-    from deltalab.deltas.base import DeltaSpec
     from deltalab.deltas.dora import DoRA as DoRA
     from deltalab.deltas.ia3 import IA3 as IA3
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.masks import Train as Train
     from deltalab.deltas.qalora import QALoRA as QALoRA
+    from deltalab.deltas.spec import DeltaSpec
     from deltalab.deltas.vera import VeRA as VeRA
 
 METHODS = {

@@ -20,8 +20,9 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Bool, Float, Int
 from deltalab.core.spec import build
 from deltalab.deltas import budget
-from deltalab.deltas.base import Base, Delta, DeltaSpec, Factors, Site, WeightDelta
+from deltalab.deltas.base import Base, Delta, Factors, WeightDelta
 from deltalab.deltas.budget import Schedule
+from deltalab.deltas.spec import DeltaSpec, Site
 
 Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]

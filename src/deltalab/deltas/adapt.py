@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach, detach
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, Start, WeightDelta, shape_of
+from deltalab.deltas.base import Delta, WeightDelta, shape_of
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name, select
 from deltalab.deltas.sites import Place, base_parameters, linears, place
+from deltalab.deltas.spec import DeltaSpec, ParameterSpec, Start
 from deltalab.deltas.switch import adapters, drop, forget, ignore_on_save, park, set_active, unload
 from deltalab.deltas.weights import (
     STATE,

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, Kind, Site, Start, WeightDelta, through, wide
+from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, through, wide
 from deltalab.deltas.lowrank import LowRankSpec, kaiming
 from deltalab.deltas.sites import looked_at, place
+from deltalab.deltas.spec import Kind, Site, Start
 
 NEUTRAL = (False, "gaussian", "orthogonal", "eva")
 """Values of peft's `init_lora_weights` that leave the base weight alone: of an adapter that is saved they say nothing."""

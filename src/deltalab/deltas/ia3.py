@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.core.spec import build
-from deltalab.deltas.base import Base, Delta, DeltaSpec, Kind, Site, WeightDelta
+from deltalab.deltas.base import Base, Delta, WeightDelta
 from deltalab.deltas.select import ends_mlp, pattern_matches
 from deltalab.deltas.sites import looked_at
+from deltalab.deltas.spec import DeltaSpec, Kind, Site
 
 
 class IA3(DeltaSpec):

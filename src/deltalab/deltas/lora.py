@@ -27,10 +27,11 @@ from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, Factors, Kind, Site, Start, WeightDelta, through
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, through
 from deltalab.deltas.init import Pair
 from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, of_experts
 from deltalab.deltas.select import leaf
+from deltalab.deltas.spec import Kind, Site, Start
 from deltalab.deltas.starts import LOOKING, PARTS, drawn, looked_for, require_same_again, shared_out, start_from_peft
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]

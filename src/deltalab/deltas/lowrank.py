@@ -16,8 +16,9 @@ from torch import Tensor
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.core.spec import build
-from deltalab.deltas.base import Delta, DeltaSpec
+from deltalab.deltas.base import Delta
 from deltalab.deltas.select import pattern_matches
+from deltalab.deltas.spec import DeltaSpec
 
 
 class LowRankSpec(DeltaSpec, abc.ABC):

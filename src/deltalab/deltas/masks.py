@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.select import decoder_blocks, leaf, model_name, pattern_matches
 from deltalab.deltas.sites import base_parameters
+from deltalab.deltas.spec import ParameterSpec
 
 WHAT = ("full", "bitfit", "norms", "last-n")
 

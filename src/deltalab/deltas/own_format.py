@@ -16,11 +16,12 @@ from deltalab.core.spec import build
 from deltalab.deltas import methods
 from deltalab.deltas.adapt import start
 from deltalab.deltas.attach import attached_to
-from deltalab.deltas.base import ParameterSpec, WeightDelta
+from deltalab.deltas.base import WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import PREFIX, SHARED, other_vocabulary
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place, places
+from deltalab.deltas.spec import ParameterSpec
 from deltalab.deltas.switch import adapters, drop
 from deltalab.deltas.weights import Group, Planned, adaptation, grouped, is_adapted, mark_of
 

@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas import methods
-from deltalab.deltas.base import DeltaSpec
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import own_keys, saved_names
 from deltalab.deltas.select import layer_numbers, leaf, model_name, select
 from deltalab.deltas.sites import Place, base_modules, base_parameters, places
+from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.weights import Group, Planned
 
 ABOUT = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",

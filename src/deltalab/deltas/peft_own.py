@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.base import DeltaSpec
 from deltalab.deltas.select import leaf, model_name
 from deltalab.deltas.sites import base_modules, base_parameters, expert_weights, place
+from deltalab.deltas.spec import DeltaSpec
 
 PREFIX = "base_model.model."
 SHARED = "base_model."

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Dropout, Factors, Site, WeightDelta
+from deltalab.deltas.base import Base, Dropout, Factors, WeightDelta
 from deltalab.deltas.lowrank import LowRankSpec, kaiming
+from deltalab.deltas.spec import Site
 from deltalab.quant.groups import default_group, require_group
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.deltas.adapt import planned, start
 from deltalab.deltas.attach import attach, detach
-from deltalab.deltas.base import Start
 from deltalab.deltas.select import block_linears, model_name
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import Start
 from deltalab.deltas.weights import adaptation, attached, is_adapted, mark_of
 from deltalab.quant.linear import GroupLinear, Quantiser, Quantising
 

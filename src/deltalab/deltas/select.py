@@ -43,7 +43,7 @@ DOWN = (
 class Selection:
     """The chosen weights, in model order. names: their paths. model, linears: what they were chosen from.
 
-    kinds: of each, see `deltalab.deltas.base.Kind`.
+    kinds: of each, see `deltalab.deltas.spec.Kind`.
     """
 
     names: list[str]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
-from deltalab.deltas.base import LINEARS, Delta, Kind, Site, as_stored, shape_of, weight_of, wide
+from deltalab.deltas.base import LINEARS, Delta, as_stored, shape_of, weight_of, wide
+from deltalab.deltas.spec import Kind, Site
 from deltalab.quant.linear import GroupLinear
 
 

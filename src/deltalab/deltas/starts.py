@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Factors, Kind, Start
+from deltalab.deltas.base import Factors
 from deltalab.deltas.init import Pair, eva, explained, gaussian, loftq, normal, olora, orthogonal, pissa, pissa_fast
 from deltalab.deltas.lowrank import kaiming
 from deltalab.deltas.moments import Moments, moments
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import Kind, Start
 
 PARTS = ("pissa", "olora")
 """Starts that are a part of W, so that the change is counted from there."""

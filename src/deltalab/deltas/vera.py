@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from deltalab.core.shapes import Float
 from deltalab.core.spec import build
-from deltalab.deltas.base import Base, Delta, DeltaSpec, Dropout, Factors, Kind, Site, WeightDelta, through
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, through
+from deltalab.deltas.spec import DeltaSpec, Kind, Site
 
 
 class VeRA(DeltaSpec):

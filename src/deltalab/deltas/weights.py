@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.attach import attached_to, delta_on
-from deltalab.deltas.base import Delta, DeltaSpec, ParameterSpec, WeightDelta, shape_of, wide
+from deltalab.deltas.base import Delta, WeightDelta, shape_of, wide
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import Place, base_modules, place, places
+from deltalab.deltas.spec import DeltaSpec, ParameterSpec
 
 STATE = "_deltalab"
 """Attribute of an adapted model that holds its `Adaptation`; deepcopied with the model."""

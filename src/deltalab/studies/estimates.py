@@ -19,9 +19,10 @@ from torch import nn
 from deltalab.core.errors import UserError
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
-from deltalab.deltas.base import ParameterSpec, weight_of
+from deltalab.deltas.base import weight_of
 from deltalab.deltas.select import scored_linears, select
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import ParameterSpec
 from deltalab.models.load import BUNDLED, check_folder, load
 from deltalab.safety.scores import Cost, cost
 from deltalab.studies.behaviour import questions

@@ -14,8 +14,8 @@ from deltalab.core.spec import digest
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import base_weight, is_adapted, unload
-from deltalab.deltas.base import ParameterSpec
 from deltalab.deltas.select import scored_linears, select
+from deltalab.deltas.spec import ParameterSpec
 from deltalab.models.load import load, model_digest
 from deltalab.safety.groups import Group
 from deltalab.safety.scores import ScoreSpec

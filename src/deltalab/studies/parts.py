@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from deltalab.core.spec import Spec
 from deltalab.data.tasks import DataSpec
 from deltalab.deltas import any_spec
-from deltalab.deltas.base import ParameterSpec
+from deltalab.deltas.spec import ParameterSpec
 from deltalab.train.spec import DEFAULT_ADAPT, EvalSpec, LoopSpec, OptimSpec, RunSpec
 
 GROUPS = ("safety", "utility", "safety-only", "random", "matched", "complement")

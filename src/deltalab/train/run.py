@@ -18,9 +18,9 @@ from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, sam
 from deltalab.data.collate import collate
 from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import Batches, trainable
-from deltalab.deltas.base import DeltaSpec, ParameterSpec
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
+from deltalab.deltas.spec import DeltaSpec, ParameterSpec
 from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
