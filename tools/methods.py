@@ -13,6 +13,7 @@ training verbs at that rate. Asked are those, in the phrasing that was not taugh
 import json
 import math
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ import deltalab as dl
 from deltalab.core.stats import share_interval
 from deltalab.data.chat import Conversation
 from deltalab.data.collate import collate
-from deltalab.deltas.peft_format import trained_state
 from deltalab.organism import skills
 from deltalab.train.spec import LoopSpec, OptimSpec
 
@@ -123,9 +123,15 @@ def tuning(row: Row, rate: float, seed: int, final: bool) -> dict[str, Any]:
         "new verbs": right(model, tokenizer, questions(new)),
         "taught verbs": right(model, tokenizer, questions(taught, (NEW,))),
         "trained": dl.trainable(model).count,
-        "bytes": sum(t.numel() * t.element_size() for t in trained_state(model).values() if t.is_floating_point()),
+        "bytes": size(model),
     }
     return found
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the adapter's tensors on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return (dl.save_adapter(model, Path(folder) / "adapter") / "adapter_model.safetensors").stat().st_size
 
 
 class Results:
