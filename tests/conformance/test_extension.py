@@ -58,9 +58,6 @@ class ScaleDelta(WeightDelta):
         scaled = y if base.bias is None else y - base.bias
         return y + (self.s * scaled).to(y.dtype)
 
-    def adapted(self, W: Tensor) -> Tensor:
-        return W + self.change(W)
-
     def change(self, W: Tensor) -> Tensor:
         return self.kept(self.s.unsqueeze(-1) * W)
 '''

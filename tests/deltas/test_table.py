@@ -41,7 +41,7 @@ def test_names_that_are_not_there():
 
 
 def test_the_least_that_a_method_says_is_enough():
-    """A weight delta that gives its adapted weight alone: change, entries and forward under a mask follow."""
+    """A weight delta that gives its change alone: adapted weight, entries and forward under a mask follow."""
 
     class Scale(WeightDelta):
         def __init__(self):
@@ -51,8 +51,8 @@ def test_the_least_that_a_method_says_is_enough():
         def init(self, generator):
             torch.nn.init.ones_(self.l)
 
-        def adapted(self, W):
-            return self.kept((self.l - 1) * W) + W
+        def change(self, W):
+            return self.kept((self.l - 1) * W)
 
         def forward(self, x, base):
             return base(x) * self.l.T

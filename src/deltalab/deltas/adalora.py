@@ -14,7 +14,6 @@ import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Bool, Float, Int
@@ -22,6 +21,7 @@ from deltalab.core.spec import build
 from deltalab.deltas import budget
 from deltalab.deltas.base import Base, Delta, Factors, WeightDelta
 from deltalab.deltas.budget import Schedule
+from deltalab.deltas.lowrank import low_rank
 from deltalab.deltas.spec import DeltaSpec, Site
 
 Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
@@ -167,11 +167,7 @@ class AdaLoRADelta(WeightDelta):
 
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         y = base(x)
-        low = F.linear(self.drop(x), (self.E * self.A).to(x.dtype))  # (*lead, r)
-        return y + (self.s * F.linear(low, self.B.to(low.dtype))).to(y.dtype)
-
-    def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return W + self.change(W)
+        return y + (self.s * low_rank(self.drop(x), self.E * self.A, self.B)).to(y.dtype)
 
     def change(self, W: Tensor) -> Float[Tensor, "out in"]:
         return self.kept(self.s * self.B @ (self.E * self.A))

@@ -6,7 +6,7 @@ A class here is abstract; a method's own file holds the final ones.
 
 Shapes are those of a linear, W (out, in) and x (..., in). An embedding is a linear on one-hot inputs: W (out, in) is its
 table transposed, and x (...) holds the indices, see `through`. Experts are a stack: W and every parameter of the delta
-have one leading dimension more, the expert; only `adapted` and `change` are asked there, so write them with `...`.
+have one leading dimension more, the expert; only `change` is asked there, so write it with `...`.
 """
 
 import abc
@@ -96,10 +96,10 @@ class Factors(NamedTuple):
 
 
 class WeightDelta(Delta):
-    """A delta that is a change of the weight: W' = adapted(W), shapes (out, in).
+    """A delta that is a change of the weight: W' = W + ΔW, shapes (out, in).
 
-    `keep`, where set, is the mask of entries that may change: ΔW is zero where it is False, in `forward`, `adapted`
-    and everything derived from them. The masked ΔW has full rank, so the forward pays for the dense product.
+    `keep`, where set, is the mask of entries that may change: `change` is zero where it is False, and so is what
+    is derived from it; `masked` takes the place of `forward`. The masked ΔW has full rank, so it pays for the dense product.
     """
 
     def __init__(self) -> None:
@@ -107,15 +107,15 @@ class WeightDelta(Delta):
         self.drop: nn.Module = nn.Identity()
 
     @abc.abstractmethod
-    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
-        """The merged weight, in the wider of W's and the delta's precision; differentiable."""
-
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
-        """ΔW. A method that knows it without W overrides this, for precision and for quantised weights.
+        """ΔW, in the wider of W's and the delta's precision; differentiable.
 
         W: as `weight_of` gives it, so that a method that does not look at it may sit on a quantised linear.
         """
-        return self.adapted(W) - W
+
+    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
+        """The merged weight, W + ΔW."""
+        return W + self.change(W)
 
     def adapted_bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The merged linear's bias: `bias` itself, unless the method scales the output that it is part of."""

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, through, wide
-from deltalab.deltas.lowrank import LowRankSpec, kaiming
+from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, wide
+from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
 from deltalab.deltas.sites import looked_at, place
 from deltalab.deltas.spec import Kind, Site, Start
 
@@ -103,13 +102,9 @@ class DoRADelta(WeightDelta):
         straight = y if dropped is x or not self.training else base(dropped)
         if base.bias is not None:
             straight = straight - base.bias
-        low = through(dropped, self.A)  # (*lead, r)
-        turned = (self.s * F.linear(low, self.B.to(low.dtype))).to(y.dtype)
+        turned = (self.s * low_rank(dropped, self.A, self.B)).to(y.dtype)
         stretch = (self.ratio(base.W) - 1).to(y.dtype)  # exactly 0 at the start
         return y + turned + stretch * (straight + turned)
-
-    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
-        return W + self.change(W)
 
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         low = self.s * self.B @ self.A

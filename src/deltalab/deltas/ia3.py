@@ -109,9 +109,6 @@ class IA3Delta(WeightDelta):
         """l ⊙ x as x + (l − 1) ⊙ x: near one, a 16-bit l would step by .8 %."""
         return torch.addcmul(x, x, (self.l - 1).to(x.dtype))
 
-    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
-        return W + self.change(W)
-
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         return self.kept((self.l - 1).unsqueeze(-2 if self.of_input else -1) * looked_at(W, "IA3"))
 

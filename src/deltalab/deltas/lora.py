@@ -23,13 +23,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, through
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta
 from deltalab.deltas.init import Pair
-from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, of_experts
+from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, low_rank, of_experts
 from deltalab.deltas.select import leaf
 from deltalab.deltas.spec import Kind, Site, Start
 from deltalab.deltas.starts import LOOKING, PARTS, drawn, looked_for, require_same_again, shared_out, start_from_peft
@@ -161,13 +160,10 @@ class LoRADelta(WeightDelta):
 
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         y = base(x)
-        change = _low_rank(self.drop(x), self.A, self.B)
+        change = low_rank(self.drop(x), self.A, self.B)
         if self.A0 is not None and self.B0 is not None:
-            change = change - _low_rank(x, self.A0, self.B0)
+            change = change - low_rank(x, self.A0, self.B0)
         return y + (self.s * change).to(y.dtype)
-
-    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
-        return W + self.change(W)
 
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         change = self.B @ self.A
@@ -206,9 +202,3 @@ class LoRADelta(WeightDelta):
 
     def extra_repr(self) -> str:
         return f"r={self.A.shape[-2]}, s={self.s:g}"
-
-
-def _low_rank(x: Tensor, A: Tensor, B: Tensor) -> Float[Tensor, "*lead out"]:
-    """B (A x)."""
-    low = through(x, A)
-    return F.linear(low, B.to(low.dtype))

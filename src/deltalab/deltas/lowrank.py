@@ -1,4 +1,4 @@
-"""What the low-rank methods share: their fields, how peft's config says them, and the start of A.
+"""What the low-rank methods share: their fields, how peft's config says them, the product with x, and the start of A.
 
 A spec here is abstract; the methods' own files hold the final ones.
 """
@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
-from deltalab.core.shapes import Float
+from deltalab.core.shapes import Float, Int
 from deltalab.core.spec import build
-from deltalab.deltas.base import Delta
+from deltalab.deltas.base import Delta, through
 from deltalab.deltas.select import pattern_matches
 from deltalab.deltas.spec import DeltaSpec
 
@@ -100,6 +101,14 @@ class LowRankSpec(DeltaSpec, abc.ABC):
     @classmethod
     def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
         return build(cls, cls.fields_from_peft(config, paths), "the adapter's config")
+
+
+def low_rank(
+    x: Float[Tensor, "*lead in"] | Int[Tensor, "*lead"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"]
+) -> Float[Tensor, "*lead out"]:
+    """B (A x), in the precision of x; where x holds indices, in that of A."""
+    low = through(x, A)
+    return F.linear(low, B.to(low.dtype))
 
 
 def kaiming(A: Tensor, generator: torch.Generator) -> None:

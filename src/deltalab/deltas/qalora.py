@@ -14,12 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import Base, Dropout, Factors, WeightDelta
-from deltalab.deltas.lowrank import LowRankSpec, kaiming
+from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
 from deltalab.deltas.spec import Site
 from deltalab.quant.groups import default_group, require_group
 
@@ -82,11 +81,7 @@ class QALoRADelta(WeightDelta):
     def forward(self, x: Float[Tensor, "*lead in"], base: Base) -> Float[Tensor, "*lead out"]:
         y = base(x)
         means = self.drop(x).unflatten(-1, (-1, self.g)).mean(-1)  # (*lead, in / g)
-        low = F.linear(means, self.A.to(means.dtype))
-        return y + (self.s * F.linear(low, self.B.to(low.dtype))).to(y.dtype)
-
-    def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return W + self.change(W)
+        return y + (self.s * low_rank(means, self.A, self.B)).to(y.dtype)
 
     def change(self, W: Tensor) -> Float[Tensor, "out in"]:
         groups = self.s / self.g * (self.B @ self.A)  # one value a group, repeated as it is: bitwise constant there

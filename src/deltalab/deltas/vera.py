@@ -164,9 +164,6 @@ class VeRADelta(WeightDelta):
         high = F.linear(low * self.d.to(low.dtype), B.to(low.dtype))
         return y + (high * self.b.to(high.dtype)).to(y.dtype)
 
-    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
-        return W + self.change(W)
-
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         A, B, _ = self.factors()
         return self.kept(B @ A)

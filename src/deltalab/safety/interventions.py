@@ -33,9 +33,6 @@ class Zeroed(WeightDelta):
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
         raise NotImplementedError  # `keep` is always set, so that `masked` is called
 
-    def adapted(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return W + self.change(W)
-
     def change(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         return self.kept(-W)
 
