@@ -18,7 +18,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float, Int
 from deltalab.core.spec import build
 from deltalab.deltas.base import Delta, through
-from deltalab.deltas.select import pattern_matches
+from deltalab.deltas.select import meant
 from deltalab.deltas.spec import DeltaSpec
 
 
@@ -26,7 +26,8 @@ class LowRankSpec(DeltaSpec, abc.ABC):
     """r: rank of the change. alpha: s = alpha / r (alpha / √r with `rank_stabilised`).
 
     dropout: probability that an entry of the delta's input is dropped in training.
-    rank_pattern, alpha_pattern: another r or alpha for the modules that a name or pattern matches, the first that does.
+    rank_pattern, alpha_pattern: another r or alpha for the modules that a name or pattern matches, the first that does;
+    a whole path means that module alone.
     """
 
     r: int = Field(8, ge=1)
@@ -50,18 +51,11 @@ class LowRankSpec(DeltaSpec, abc.ABC):
 
     def each(self, paths: Sequence[str]) -> dict[str, Self]:
         """Ranks and alphas by their patterns. Raises: UserError if a pattern matches none of the modules."""
-        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
-            if not any(pattern_matches(pattern, path) for path in paths):
-                raise UserError(
-                    f"the pattern '{pattern}' of {type(self).__name__} matches none of its modules.",
-                    found=f"{len(paths)} modules, the first is {paths[0]}",
-                )
-        found: dict[str, Self] = {}
-        for path in paths:
-            r = _first(self.rank_pattern, path, self.r)
-            alpha = _first(self.alpha_pattern, path, self.alpha)
-            found[path] = self.model_copy(update={"r": r, "alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}})
-        return found
+        rank_of = _by_path(self.rank_pattern, paths, type(self).__name__)
+        alpha_of = _by_path(self.alpha_pattern, paths, type(self).__name__)
+        plain = self.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
+        own = {path: {"r": rank_of.get(path, self.r), "alpha": alpha_of.get(path, self.alpha)} for path in paths}
+        return {path: plain.model_copy(update=fields) for path, fields in own.items()}
 
     def to_peft(self) -> dict[str, Any]:
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
@@ -69,14 +63,20 @@ class LowRankSpec(DeltaSpec, abc.ABC):
 
     @classmethod
     def common_peft(cls, parts: dict[str, dict[str, Any]], deltas: Mapping[str, Delta]) -> dict[str, Any] | None:
-        """Ranks and alphas may differ between modules: those that are not the first's go into peft's patterns."""
+        """Ranks and alphas may differ between modules: those that are not the first's go into peft's patterns.
+
+        None also where such a pattern would take another module, whose path ends like the one that it is for.
+        """
         common = {**next(iter(parts.values())), "rank_pattern": {}, "alpha_pattern": {}}
-        for path, part in parts.items():
-            if any(part[key] != common[key] for key in part.keys() - {"r", "lora_alpha"}):
+        if any(part[key] != common[key] for part in parts.values() for key in part.keys() - {"r", "lora_alpha"}):
+            return None
+        for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            own = {re.escape(path): part[key] for path, part in parts.items() if part[key] != common[key]}
+            common[pattern] = dict(sorted(own.items()))  # as the file has them, and the first that matches counts
+            if by_pattern(common[pattern], list(parts), common[key]) != {
+                path: part[key] for path, part in parts.items()
+            }:
                 return None
-            for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-                if part[key] != common[key]:
-                    common[pattern][re.escape(path)] = part[key]
         return common
 
     @classmethod
@@ -89,8 +89,8 @@ class LowRankSpec(DeltaSpec, abc.ABC):
                 found=f"keys: {', '.join(sorted(config)) or 'none'}",
             )
         r, alpha = config["r"], config["lora_alpha"]
-        ranks = {path: by_pattern(config.get("rank_pattern"), path, r) for path in paths}
-        alphas = {path: by_pattern(config.get("alpha_pattern"), path, alpha) for path in paths}
+        ranks = by_pattern(config.get("rank_pattern"), paths, r)
+        alphas = by_pattern(config.get("alpha_pattern"), paths, alpha)
         return {
             "targets": paths, "r": r, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
             "rank_stabilised": config.get("use_rslora", False),
@@ -129,13 +129,21 @@ def of_experts(A: Float[Tensor, "er in"], B: Float[Tensor, "out re"], experts: i
     return A.view(experts, r, -1), B.view(-1, r, experts).permute(2, 0, 1)
 
 
-def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value that peft's `rank_pattern` or `alpha_pattern` gives a module: the first key that ends its path."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def by_pattern(patterns: dict[str, Any] | None, paths: Sequence[str], default: Any) -> dict[str, Any]:
+    """The value that peft's `rank_pattern` or `alpha_pattern` gives each module: the first key that ends its path."""
+    keys = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
+    return {path: next((value for key, value in keys if key.match(path)), default) for path in paths}
 
 
-def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
+def _by_path(patterns: Mapping[str, Any], paths: Sequence[str], name: str) -> dict[str, Any]:
+    """Path -> value of the first pattern that means it. Raises: UserError for a pattern that means none."""
+    values: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        found = meant(pattern, paths)
+        if not found:
+            raise UserError(
+                f"the pattern '{pattern}' of {name} matches none of its modules.",
+                found=f"{len(paths)} modules, the first is {paths[0]}",
+            )
+        values = dict.fromkeys(found, value) | values
+    return values

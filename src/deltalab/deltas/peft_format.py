@@ -59,13 +59,14 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
 def write_adapter(model: nn.Module, folder: str | Path) -> Path:
     """`save_adapter` of an adapted model in the middle of its training: a method with a schedule may be on its way."""
-    config, tensors = _as_peft(model) or as_own(model)
+    theirs = _as_peft(model)
+    config, tensors = theirs or as_own(model)
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; an adapter is a folder.", next="choose another folder")
     files = {
-        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+        CONFIG: json.dumps(config, indent=2, sort_keys=theirs is not None).encode(),  # of our patterns the first counts
         WEIGHTS: save(_on_cpu(tensors), {"format": "pt"}),
     }
     if folder.is_dir() and {p.name for p in folder.iterdir()} - files.keys():

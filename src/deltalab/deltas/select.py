@@ -184,6 +184,11 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
 
 
+def meant(pattern: str, paths: Sequence[str]) -> list[str]:
+    """The paths that a pattern matches; one that is a whole path means it alone, whatever else ends like it."""
+    return [pattern] if pattern in paths else [path for path in paths if pattern_matches(pattern, path)]
+
+
 def _split(targets: str | Sequence[str]) -> list[str]:
     if isinstance(targets, str):
         single = targets in PRESETS or targets.startswith("re:")
