@@ -266,6 +266,13 @@ def test_a_group_quantised_base_begins_as_itself():
         assert_close_by_norm(dl.merged(perturbed(model))(tokens()).logits, model(tokens()).logits, 1e-5)
 
 
+def test_a_16_bit_base_that_is_quantised_begins_without_a_change():
+    """The lengths are those of the codes' weight in 16 bit, which is the base."""
+    model = quantise(tiny_llama(mlp=64).bfloat16(), quantiser("int4"), dl.DoRA(r=2))
+    for path in attached(model):
+        assert not dl.delta_weight(model, path).any()
+
+
 def test_a_row_of_zeros_stays_finite():
     model = nn.Sequential(nn.Linear(5, 4))
     with torch.no_grad():

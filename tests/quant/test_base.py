@@ -200,6 +200,18 @@ def test_what_is_not_possible_is_refused_by_name(folder):
     assert states_equal(model, tiny_llama())
 
 
+def test_a_weight_that_is_not_finite_is_refused_before_anything_is_quantised():
+    model = tiny_llama()
+    last = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(last).weight[0, 0] = float("inf")
+    before = copy.deepcopy(model)
+    with pytest.raises(dl.UserError, match=f"'{last}' cannot be quantised[\\s\\S]*not finite"):
+        quantise(model, INT8, dl.LoRA())
+    assert states_equal(model, before)
+    assert not attached(model)
+
+
 def test_own_weights_train_beside_a_quantised_base(folder):
     spec = [dl.LoRA(targets="q,v"), dl.Train(["norms", "bitfit"])]
     model, _ = dl.load(folder, quantize="int8", adapt=spec)
@@ -269,7 +281,7 @@ def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisatio
     there = perturbed(model)(tokens()).logits
     dl.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DELTALAB"
-    with pytest.raises(dl.UserError, match=r"belongs to another base.*down_proj"):
+    with pytest.raises(dl.UserError, match=r"belongs to another base.*q_proj"):
         dl.load_adapter(base(quantiser=quantiser), tmp_path)
     prepared = dl.unload(quantise(tiny_llama(), quantiser, spec))
     assert not torch.equal(prepared(tokens()).logits, bare)

@@ -46,7 +46,7 @@ class DoRA(LowRankSpec):
         for path, delta in deltas.items():
             W = place(model, path).W
             if start.quantising is not None and path in start.quantising:
-                W = start.quantising.quantiser.round_trip(W)
+                W = start.quantising.quantiser.round_trip(W).to(W.dtype)
             delta = cast(DoRADelta, delta)
             delta.m.copy_(delta.norm(W))
 

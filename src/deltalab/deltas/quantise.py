@@ -28,7 +28,7 @@ def quantise(
     """Quantise every linear of the blocks, in place, and put the delta `adapt` on, if any; returns the model.
 
     adapt, seed, calibration: as of `deltalab.deltas.adapt.adapt`.
-    Raises: UserError if the model is adapted or quantised already, a matrix does not divide into groups, own weights
+    Raises: UserError if the model is adapted or quantised already, a matrix does not divide into groups or is not finite, own weights
     that train would be quantised, or as `adapt`. Then the model is as it was.
     """
     if is_adapted(model):
@@ -41,12 +41,14 @@ def quantise(
             f"{model_name(model)} is quantised already.", found=f"{len(done)} linears, the first is {done[0]}"
         )
     about = Quantising(quantiser, there)
-    for path in there:
+    for path, linear in there.items():
         try:
             about.group(path)
         except UserError as error:
             raise UserError(f"'{path}' cannot be quantised: {error.asked}", found=error.found, nearest=error.nearest,
                             next=error.next) from None  # fmt: skip
+        if not bool(linear.weight.isfinite().all()):  # type: ignore[operator]
+            raise UserError(f"'{path}' cannot be quantised: it holds values that are not finite.")
     if adapt is not None:
         plan = planned(model, adapt)
         own = [path for path in there if f"{path}.weight" in plan.names]
