@@ -9,6 +9,7 @@ from deltalab import deltas
 from deltalab.core.spec import Spec, build
 from deltalab.deltas.base import WeightDelta, weight_of
 from deltalab.deltas.spec import DeltaSpec
+from deltalab.train.spec import TrainSpec
 from tests.helpers import tiny_gpt2
 
 
@@ -33,6 +34,28 @@ def test_specs_are_values():
     with pytest.raises(pydantic.ValidationError):
         dl.LoRA().r = 3
     assert dl.Train() == dl.Train("full")
+
+
+def test_a_spec_made_in_python_names_its_faults_too():
+    with pytest.raises(
+        dl.UserError, match=r"LoRA has 2 faults:\n  init: should be .*did you mean pissa\?\n  rnk: .*did you mean r\?"
+    ):
+        dl.LoRA(rnk=4, init="pisa")
+    with pytest.raises(dl.UserError, match="AdaLoRA has 1 fault:\n.*ranks only fall"):
+        dl.AdaLoRA(init_r=4)
+    with pytest.raises(dl.UserError, match="Train has 1 fault:\n  waht: unknown key; did you mean what"):
+        dl.Train(waht="norms")
+
+
+def test_a_part_s_faults_are_said_with_the_others_of_the_whole():
+    values = {"model": "m", "data": [], "adapt": [{"method": "lora", "r": 0}, {"method": "train", "waht": "norms"}]}
+    with pytest.raises(dl.UserError) as caught:
+        build(TrainSpec, values)
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "adapt.0.r",
+        "adapt.1.waht",
+        "data",
+    ]
 
 
 def test_names_that_are_not_there():

@@ -10,7 +10,8 @@ import torch
 from deltalab.core.errors import UserError
 from deltalab.core.spec import build, load_spec, read_yaml
 from deltalab.data.chat import encode_all
-from deltalab.deltas.adapt import delta_weight, merged_weight
+from deltalab.data.collate import collate
+from deltalab.deltas.adapt import adapt, delta_weight, is_adapted, merged_weight
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.models.load import load
 from deltalab.safety.group import Group
@@ -19,6 +20,8 @@ from deltalab.safety.overlap import jaccard
 from deltalab.safety.scores import snip
 from deltalab.studies import module_of
 from deltalab.studies.drift import DriftStudySpec, run_study
+from deltalab.studies.materials import Materials
+from deltalab.studies.stages import Context
 from tests.helpers import ROOT, byte_tokenizer, tiny_llama
 
 
@@ -223,6 +226,35 @@ def test_full_tuning_is_frozen_exactly(model, tmp_path, monkeypatch):
     assert frozen["curves"][-1]["groups"]["utility"]["l2"] > 0
     assert ctx.results["tune:free"]["curves"][-1]["groups"]["safety"]["l2"] > 0
     assert "skills" not in json.loads((tmp_path / "out/record.json").read_text())["arms"]["free"]
+
+
+@pytest.mark.parametrize(
+    ("delta", "said"),
+    [
+        ({"method": "dora", "targets": "attentn"}, "matches no module"),
+        ({"method": "dora", "rank_pattern": {"gate_prj": 2}}, "matches none of its modules"),
+        ({"method": "lora", "init": "loftq"}, "is not being quantised"),
+    ],
+)
+def test_a_delta_that_does_not_go_on_the_model_is_told_before_the_first_stage(model, tmp_path, delta, said):
+    tune = {"adapt": [delta], "data": [{"task": "benign", "n": 12}], "optim": {"steps": 1}}
+    with pytest.raises(UserError, match=said):
+        run_study(spec_of(model, tune=tune), tmp_path / "out", until="scores", jobs=1, say=lambda line: None)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock", "study.json"}
+
+
+def test_a_start_that_looks_at_activations_sees_what_is_tuned_on(model, tmp_path):
+    tune = {"adapt": [{"method": "lora", "r": 2, "init": "eva"}], "data": [{"task": "benign", "n": 12}],
+            "optim": {"steps": 1, "batch": 2}, "eval": {"fraction": 0.0}}  # fmt: skip
+    m, ctx = Materials(spec_of(model, tune=tune)), Context(tmp_path)
+    assert not is_adapted(m.loaded(ctx).model)
+    tuned = m.adapted(ctx, m.data(ctx, "tune"), seed=3)
+    got = {name: p.detach().clone() for name, p in tuned.named_parameters() if p.requires_grad}
+    plain, tokenizer = m.base(ctx)
+    batches = [collate(m.data(ctx, "tune").items[i : i + 2], tokenizer.pad_token_id) for i in range(0, 12, 2)]
+    want = adapt(plain, m.spec.tune.adapt, seed=3, calibration=batches)
+    assert got.keys() == {name for name, p in want.named_parameters() if p.requires_grad}
+    assert all(torch.equal(got[name], p) for name, p in want.named_parameters() if name in got)
 
 
 def test_dry_run_says_what_it_takes_and_runs_nothing(model, tmp_path):

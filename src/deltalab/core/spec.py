@@ -27,6 +27,16 @@ class Spec(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
+    def __init__(self, **values: Any) -> None:
+        """Raises: UserError with every fault, as `build`."""
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise _told(type(self), type(self).__name__, error) from None
+
+    # else pydantic would make each part of a spec by this, and its faults would stand alone
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     def plain(self) -> dict[str, Any]:
         """The spec as JSON types, defaults included."""
         return self.model_dump(mode="json")
@@ -60,8 +70,12 @@ def build(cls: type[S], values: Any, origin: str = "spec") -> S:
     try:
         return cls.model_validate_json(json.dumps(values, default=_plain), strict=True)
     except pydantic.ValidationError as error:
-        faults = describe(cls, error)
-        raise UserError(f"{origin} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(faults)) from None
+        raise _told(cls, origin, error) from None
+
+
+def _told(cls: type[pydantic.BaseModel], origin: str, error: pydantic.ValidationError) -> UserError:
+    faults = describe(cls, error)
+    return UserError(f"{origin} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(faults))
 
 
 def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:

@@ -31,6 +31,9 @@ class Train(ParameterSpec):
     def __init__(self, what: Any = "full", **values: Any) -> None:
         super().__init__(what=what, **values)  # type: ignore[call-arg]
 
+    # as of `Spec`, for the same reason
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     def parameters(self, model: nn.Module) -> list[str]:
         names = base_parameters(model)
         patterns = self.what if isinstance(self.what, list) else [self.what]

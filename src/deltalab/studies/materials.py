@@ -13,9 +13,8 @@ from torch import nn
 from deltalab.core.spec import digest
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
-from deltalab.deltas.adapt import base_weight, is_adapted, unload
-from deltalab.deltas.select import scored_linears, select
-from deltalab.deltas.spec import ParameterSpec
+from deltalab.deltas.adapt import adapt, base_weight, is_adapted, unload
+from deltalab.deltas.select import scored_linears
 from deltalab.models.load import load, model_digest
 from deltalab.safety.groups import Group
 from deltalab.safety.scores import ScoreSpec
@@ -23,7 +22,7 @@ from deltalab.studies import behaviour
 from deltalab.studies.lanes import settle_threads
 from deltalab.studies.parts import EvaluateSpec, TuneSpec, loop_of
 from deltalab.studies.stages import Context
-from deltalab.train.run import context_of
+from deltalab.train.run import context_of, first_batches, hold_out, looks_at_activations
 
 
 class HasMaterials(Protocol):
@@ -69,11 +68,6 @@ class Materials:
             model.to(accelerate.PartialState().device)
             settle_threads(sum(p.numel() for p in model.parameters()))
             linears = scored_linears(model)
-            for item in self.spec.tune.adapt:  # a target that matches nothing is told now, not after the first stages
-                if isinstance(item, ParameterSpec):
-                    item.parameters(model)
-                else:
-                    select(model, item.targets, item.layers)
             facts = {
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "scored": sum(m.weight.numel() for m in linears.values()),
@@ -81,6 +75,8 @@ class Materials:
                 "dtype": str(model.dtype).removeprefix("torch."),
             }
             ctx.shared["loaded"] = Loaded(model, tokenizer, model_digest(model), facts)
+            # a delta that does not go on this model is told now, not after the first stages
+            unload(self.adapted(ctx, self.data(ctx, "tune"), self.spec.seeds[0]))
         loaded: Loaded = ctx.shared["loaded"]
         return loaded
 
@@ -91,6 +87,15 @@ class Materials:
             unload(loaded.model)
         ctx.shared.pop("tuned", None)
         return loaded.model, loaded.tokenizer
+
+    def adapted(self, ctx: Context, data: Encodings, seed: int) -> Any:
+        """The base with a fresh delta of the study's on it. data: what it will be tuned on; a start may look at it."""
+        model, tokenizer = self.base(ctx)
+        items, batches = list(self.spec.tune.adapt), None
+        if looks_at_activations(items):
+            loop = loop_of(self.spec.tune, None, seed)
+            batches = first_batches(hold_out(data, loop)[0], tokenizer, loop)
+        return adapt(model, items, seed=seed, calibration=batches)
 
     def data(self, ctx: Context, name: str) -> Encodings:
         """Encoded conversations: all that is tuned on (`tune`), or what is scored on."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.deltas.adapt import adapt, trainable
+from deltalab.deltas.adapt import trainable
 from deltalab.deltas.freeze import Freezer, freeze
 from deltalab.deltas.peft_format import load_adapter, save_adapter
 from deltalab.safety.groups import Group
@@ -29,11 +29,10 @@ def tune(
 
     probes: what is measured on the way, beside the replies if the spec asks for them.
     """
-    model, tokenizer = m.base(ctx)
     data, folder = m.data(ctx, "tune"), ctx.path(f"tune:{run.name}")
     if run.arm.n is not None:
         data = dataclasses.replace(data, items=data.items[: run.arm.n])
-    adapt(model, list(m.spec.tune.adapt), seed=run.seed)
+    model, tokenizer = m.adapted(ctx, data, run.seed), m.loaded(ctx).tokenizer
     count = trainable(model)
     frozen = groups[run.arm.group] if run.arm.freeze != "none" else None
     freezer = freeze(model, frozen.masks(), run.arm.freeze) if frozen is not None else None

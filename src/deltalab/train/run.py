@@ -126,13 +126,22 @@ def read_data(spec: TrainSpec) -> tuple[list[Conversation], list[Conversation]]:
 
 def calibration(spec: TrainSpec, data: Samples, test: Samples) -> Batches | None:
     """Batches of the first training samples, if the start of a delta looks at activations."""
-    if not any(isinstance(item, DeltaSpec) and item.calibrates for item in spec.adapt):
+    if not looks_at_activations(spec.adapt):
         return None
     config, tokenizer = load_tokenizer(spec.model)
     samples = as_encodings(tokenizer, data, context_of(config, spec), spec)
-    train_set = (list(samples) if len(test) else hold_out(samples, spec)[0])[:CALIBRATION]
-    size = spec.optim.batch
-    return [collate(train_set[i : i + size], tokenizer.pad_token_id or 0) for i in range(0, len(train_set), size)]
+    return first_batches(list(samples) if len(test) else hold_out(samples, spec)[0], tokenizer, spec)
+
+
+def looks_at_activations(items: Sequence[Any]) -> bool:
+    """Whether one of these specs of deltas starts from batches of inputs."""
+    return any(isinstance(item, DeltaSpec) and item.calibrates for item in items)
+
+
+def first_batches(train_set: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, spec: LoopSpec) -> Batches:
+    """What such a start is shown: the first training samples."""
+    shown, size = train_set[:CALIBRATION], spec.optim.batch
+    return [collate(shown[i : i + size], tokenizer.pad_token_id or 0) for i in range(0, len(shown), size)]
 
 
 def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
