@@ -72,7 +72,7 @@ def loftq(
         Q = round_trip(W − s B A),   s B A = the best approximation of rank r of W − Q,   `steps` times from BA = 0
 
     round_trip: W -> what the quantiser makes of it. With one step the weight to quantise is W itself.
-    """  # fmt: skip
+    """
     rest = W
     pair = Pair(W[..., :0, :], W[..., :, :0])
     for step in range(steps):
