@@ -5,7 +5,7 @@
 All methods are in one process, each on its own copy of a random Llama (hidden 512, 4 layers, 12.6 M weights in the
 blocks), and take turns: one step each a round, forward, backward, AdamW and the method's own schedule on 4 × 256 tokens.
 A ratio is the median over rounds of (this method's step / the step of LoRA r 8 in the same round), with the quartiles.
-Memory is counted, not sampled: what trains, its gradients and AdamW's two moments, and every tensor that autograd keeps
+One thread. Memory is counted, not sampled: what trains, its gradients and AdamW's two moments, and every tensor that autograd keeps
 from the forward to the backward and that is no parameter, each storage once.
 """
 
@@ -110,6 +110,7 @@ def measure(folder: Path) -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     home = Path(sys.argv[1])
     home.mkdir(parents=True, exist_ok=True)
     found = measure(home)

@@ -53,7 +53,7 @@ def test_all_faults_of_a_spec_are_told_at_once(spec: Path) -> None:
         (["adapt.0.targets=[q_prj, v_proj]"], ["'q_prj' matches no", "nearest: q_proj", "deltalab targets"]),
         (["adapt.0.targets=[mlp.*.nothing]"], ["matches no"]),
         (["adapt.0.layers=[7]"], ["7", "2 layers"]),
-        (["adapt.0.method=lroa"], ["'method' 'lroa' is unknown; did you mean lora?"]),
+        (["adapt.0.method=lroa"], ["'method' 'lroa' is unknown; did you mean lora"]),
         (["adapt=[]"], ["adapt: "]),
         (["data=[]"], ["data: "]),
         (["data.0.task=instrct"], ["'instrct' is unknown; did you mean instruct"]),
