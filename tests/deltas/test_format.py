@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import peft
 import pytest
@@ -84,8 +85,14 @@ def test_a_missing_file(folder, name):
 
 
 def test_a_missing_folder(folder):
-    refused(folder.with_name("adaptr"), r"does not exist.*\n.*nearest: adapter")
+    refused(folder.with_name("adaptr"), r"does not exist.*\n.*nearest: \S*/adapter\n")
     refused(folder / "x" / "y", "does not exist")
+
+
+def test_a_folder_of_a_run_says_where_its_adapter_is(folder):
+    run = folder.with_name("run")
+    shutil.copytree(folder, run / "adapter")
+    refused(run, r"has no adapter_config.json and no adapter_model.safetensors.*\n.*\n  next: .*'\S*run/adapter'")
 
 
 def test_pickles_are_not_read(folder):

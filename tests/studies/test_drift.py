@@ -241,6 +241,11 @@ def test_a_delta_that_does_not_go_on_the_model_is_told_before_the_first_stage(mo
     with pytest.raises(UserError, match=said):
         run_study(spec_of(model, tune=tune), tmp_path / "out", until="scores", jobs=1, say=lambda line: None)
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock", "study.json"}
+    run_study(
+        spec_of(model), tmp_path / "out", until="scores", jobs=1, say=lambda line: None
+    )  # corrected, it begins here
+    with pytest.raises(UserError, match="begun with another spec"):
+        run_study(spec_of(model, tune=tune), tmp_path / "out", until="scores", jobs=1, say=lambda line: None)
 
 
 def test_a_start_that_looks_at_activations_sees_what_is_tuned_on(model, tmp_path):

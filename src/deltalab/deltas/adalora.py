@@ -130,11 +130,16 @@ class AdaLoRA(DeltaSpec):
         ranks = {}
         for name, rows in (config.get("rank_pattern") or {}).items():
             path = name.removesuffix(".default").removesuffix(".lora_E")
-            if path not in paths or not isinstance(rows, list) or len(rows) != given["init_r"]:
+            if path not in paths:
+                raise UserError(
+                    f"the adapter's rank_pattern names '{path}', which is none of its modules on this model.",
+                    next="load it on the model that it was trained with",
+                )
+            if not isinstance(rows, list) or len(rows) != given["init_r"]:
                 raise UserError(
                     f"the adapter's rank_pattern for '{name}' does not fit.",
                     found=str(rows)[:60],
-                    next=f"it should name a target of the adapter and list {given['init_r']} times true or false",
+                    next=f"it should list {given['init_r']} times true or false",
                 )
             ranks[path] = sum(rows)
         return build(cls, {**given, "targets": paths, "rank_pattern": ranks}, "the adapter's config")

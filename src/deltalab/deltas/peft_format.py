@@ -179,13 +179,18 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if folder.parent.is_dir()
             else []
         )
-        raise UserError(f"adapter folder '{folder}' does not exist.", nearest=near)
+        raise UserError(
+            f"adapter folder '{folder}' does not exist.", nearest=[str(folder.parent / name) for name in near],
+            next="give the folder that deltalab.save_adapter or a run wrote, for example runs/first/adapter",
+        )  # fmt: skip
     there = sorted(p.name for p in folder.iterdir())
     missing = [name for name in (CONFIG, WEIGHTS) if name not in there]
     if missing:
         pickled = "adapter_model.bin" in there and WEIGHTS in missing
+        inside = (folder / "adapter" / CONFIG).is_file()  # the folder of a run
         raise UserError(f"adapter folder '{folder}' has no {' and no '.join(missing)}.", found=", ".join(there) or "an empty folder",
                         next="adapter_model.bin is pickled and not read: save it again with safe_serialization=True" if pickled
+                        else f"the adapter of this run is in '{folder / 'adapter'}'" if inside
                         else "save it again with deltalab.save_adapter or peft")  # fmt: skip
     config = read_json(folder / CONFIG, "adapter config")
     if not isinstance(config, dict):

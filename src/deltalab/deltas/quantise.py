@@ -65,7 +65,35 @@ def quantise(
             attach(place(model, path), deltas[path])
         if path in told:
             adaptation(model).prepared[path] = mark_of(place(model, path).W)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _Saves(model)  # type: ignore[assignment]
     return model
+
+
+def save_whole(model: nn.Module, *args: Any, **options: Any) -> None:
+    """`save_pretrained` of the model's own class.
+
+    Raises: UserError if it holds codes: a loader finds no weights in such a file, and would draw new ones.
+    """
+    held = [path for path, module in model.named_modules() if isinstance(module, GroupLinear)]
+    if held:
+        raise UserError(
+            f"{model_name(model)} is quantised, and save_pretrained has no format for its codes.",
+            found=f"{len(held)} linears, the first is {held[0]}",
+            next="deltalab.save_adapter(model, folder) before merging; later deltalab.load(name, quantize=...), load_adapter and merged",
+        )
+    own: Any = type(model)
+    own.save_pretrained(model, *args, **options)
+
+
+class _Saves:
+    """`save_pretrained` of a model that was quantised. It is copied and pickled with its model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        save_whole(self.model, *args, **options)
 
 
 def _is_quantised(linear: nn.Module) -> bool:

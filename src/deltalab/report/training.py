@@ -42,12 +42,20 @@ def tiles(record: Record) -> list[Tile]:
 def tables(record: Record) -> list[Table]:
     """The run in numbers."""
     result, sizes, data = record["result"], record["sizes"], record["data"]
-    rows = [("steps", f"{result['steps']:,}" + (" (stopped early)" if result["stopped_early"] else "")), ("tokens", f"{result['tokens']:,}"),
+    spec = record["spec"]
+    rows = [("delta", "; ".join(f"{item['method']} on {_where(item)}" for item in spec["adapt"])), ("quantised", spec.get("quantize") or "no"),
+            ("steps", f"{result['steps']:,}" + (" (stopped early)" if result["stopped_early"] else "")), ("tokens", f"{result['tokens']:,}"),
             ("training", f"{result['training_seconds']:.0f} s"), ("everything", f"{record['seconds']:.0f} s"), ("device", record["device"]),
             ("trained parameters", f"{sizes['trained']:,} of {sizes['base']:,}"), ("adapter", f"{sizes['adapter_bytes'] / 1024:,.0f} KiB"),
             ("samples", f"{data['samples']:,}"), ("held out", f"{data['held_out']:,}"),
             ("cut, skipped, unlabelled", f"{data['cut']}, {data['skipped']}, {data['unlabelled']}"), ("base", str(record["base"]))]  # fmt: skip
     return [Table("training", "The run", ("", "value"), rows)]
+
+
+def _where(item: Record) -> str:
+    """The targets of a delta, or which of the model's own parameters train, as the spec has them."""
+    names = item.get("targets", item.get("what"))
+    return ", ".join(names) if isinstance(names, list) else str(names)
 
 
 def plots(record: Record) -> list[Plot]:

@@ -180,7 +180,7 @@ def plan(
 ) -> str:
     """What `run` would do, as text: the stages, what is done already, and what the rest needs where it is known."""
     ctx = Context(Path(folder))
-    if (ctx.folder / "study.json").exists():
+    if _begun(ctx.folder):
         check_claim(ctx.folder, spec)
     wanted = {stage.name for stage in choose(stages, only, until)}
     width = max(len(stage.name) for stage in stages)
@@ -201,12 +201,18 @@ def claim(folder: Path, spec: Spec) -> None:
     Raises: UserError if it holds another study, or something that is none.
     """
     path = folder / "study.json"
-    if path.exists():
+    if _begun(folder):
         return check_claim(folder, spec)
-    if strangers := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
+    if strangers := sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - {path.name}):
         raise UserError(f"output folder '{folder}' is not empty and holds no study.", found=", ".join(strangers[:5]),
                         next="choose another with --output, or empty it")  # fmt: skip
     write_json(path, {"digest": spec.digest(), "spec": spec.plain()})
+
+
+def _begun(folder: Path) -> bool:
+    """Whether `folder` holds a study that has come to a stage; before that nothing is there that a spec could belie."""
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    return "study.json" in there and len(there) > 1
 
 
 def check_claim(folder: Path, spec: Spec) -> None:

@@ -18,6 +18,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.files import replacing
 from deltalab.deltas.attach import Adapted
 from deltalab.deltas.peft_format import save_adapter, trained_state, write_adapter
+from deltalab.deltas.quantise import save_whole
 from deltalab.deltas.schedule import adapted_in, penalty, step
 from deltalab.deltas.weights import is_adapted
 
@@ -96,8 +97,7 @@ class SavesAdapter:
         Raises: UserError as `save_adapter`, but for schedules that are on their way in training.
         """
         if not is_adapted(self.model):  # unloaded, or a merged copy
-            plain: Any = type(self.model)
-            plain.save_pretrained(self.model, save_directory, is_main_process=is_main_process, **options)
+            save_whole(self.model, save_directory, is_main_process=is_main_process, **options)
         elif is_main_process and self.training:
             write_adapter(self.model, save_directory)
             state = {name: t.detach().cpu().contiguous() for name, t in trained_state(self.model).items()}
