@@ -13,6 +13,7 @@ from deltalab.deltas.adapt import attached, merged, unload
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.models.load import load, model_digest
 from deltalab.quant.linear import GroupLinear
+from deltalab.report.training import tables
 from deltalab.train import TrainSpec, loop, run_spec
 from tests.helpers import byte_tokenizer, tiny_llama, tokens
 from tests.train.runs import conversations
@@ -53,6 +54,9 @@ def test_a_run_is_recorded_stopped_and_gone_on_with_bitwise(place, tmp_path, ada
     assert record["base"] == model_digest(fresh) != model_digest(load(place)[0])
     assert record["sizes"]["base"] == sum(p.numel() for p in tiny_llama(hidden=16, layers=1, mlp=24).parameters())
     assert 0 < record["result"]["loss"][-1] < record["result"]["loss"][0]
+    rows = dict(tables(record)[0].rows)
+    assert rows["quantised"] == "int4"
+    assert rows["delta"] == f"{adapt['method']} on all-linear"
 
     step = loop.Loop._step
 
