@@ -24,10 +24,9 @@ import deltalab as dl
 from deltalab.deltas.adapt import param_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from methods import ROWS, Row
+from methods import REFERENCE, ROWS, Row
 
 ROUNDS, WARM_UP, TOKENS = 15, 2, (4, 256)
-REFERENCE = "LoRA r 8"
 
 
 def base() -> nn.Module:

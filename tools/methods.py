@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import deltalab as dl
-from deltalab.core.stats import share_interval
+from deltalab.core.stats import crossed, share_interval
 from deltalab.data.chat import Conversation
 from deltalab.data.collate import collate
 from deltalab.organism import skills
@@ -35,6 +36,7 @@ PHRASINGS = skills.FAMILIES[skills.WITHHELD].train_phrasings
 TAUGHT, NEW = PHRASINGS[:3], PHRASINGS[3]
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
 EVERY = {"targets": "all-linear"}
+REFERENCE = "LoRA r 8"
 
 
 @dataclass(frozen=True)
@@ -186,17 +188,18 @@ def table(folder: Path) -> str:
     costs_file = folder / "costs.json"
     costs = json.loads(costs_file.read_text()) if costs_file.is_file() else {}
     lines = [
-        "| method | new verbs, % | taught verbs, new phrasing, % | rate | trained | adapter, KiB | step, × LoRA | memory, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | new verbs, % | less or more than LoRA r 8 | taught verbs, new phrasing, % | rate | trained | adapter, KiB | step, × LoRA | memory, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in ROWS:
-        finals = [entry for key, entry in results.done.items() if key[0] == name and key[3]]
+    done = {name: [e for key, e in sorted(results.done.items()) if key[0] == name and key[3]] for name in ROWS}
+    for name, finals in done.items():
         if len(finals) < len(SEEDS) or any("broke" in entry for entry in finals):
             continue
         cost = costs.get(name, {})
+        new, other = ([f["new verbs"] for f in entries] for entries in (finals, done[REFERENCE]))
         lines.append(
-            f"| {name} | {percent([f['new verbs'] for f in finals])} | {percent([f['taught verbs'] for f in finals])} "
-            f"| {finals[0]['key'][1]:g} | {finals[0]['trained']:,} | {finals[0]['bytes'] / 1024:,.0f} "
+            f"| {name} | {percent(new)} | {'' if name == REFERENCE else difference(new, other)} "
+            f"| {percent([f['taught verbs'] for f in finals])} | {finals[0]['key'][1]:g} | {finals[0]['trained']:,} | {finals[0]['bytes'] / 1024:,.0f} "
             f"| {cost.get('step', '')} | {cost.get('memory', '')} |"
         )
     return "\n".join(lines)
@@ -210,6 +213,12 @@ def percent(flags: list[list[bool]]) -> str:
     """A share over seeds with its interval."""
     value, low, high = share_interval(flags)
     return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def difference(mine: list[list[bool]], theirs: list[list[bool]]) -> str:
+    """The paired difference of two shares, in points: same questions, same seeds of order."""
+    value, low, high = crossed(np.array(mine, dtype=float) - np.array(theirs, dtype=float)).interval()
+    return f"{100 * value:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
 
 
 if __name__ == "__main__":
