@@ -296,7 +296,19 @@ def test_the_config_is_what_people_read(tmp_path):
 
 @pytest.mark.parametrize(
     "fault",
-    [{"r": 0}, {"alpha": -1}, {"alpha": float("inf")}, {"dropout": 1.0}, {"targets": []}, {"rank": 8}, {"r": "many"}],
+    [
+        {"r": 0},
+        {"alpha": -1},
+        {"alpha": float("inf")},
+        {"dropout": 1.0},
+        {"targets": []},
+        {"rank": 8},
+        {"r": "many"},
+        {"rho": 2},
+        {"svd_steps": 3},
+        {"init": "eva", "svd_steps": 3},
+        {"init": "pissa", "rho": 2},
+    ],
 )
 def test_faults_of_a_spec(fault):
     with pytest.raises(dl.UserError):

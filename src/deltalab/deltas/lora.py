@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -31,7 +32,16 @@ from deltalab.deltas.init import Pair
 from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, low_rank, of_experts
 from deltalab.deltas.select import leaf
 from deltalab.deltas.spec import Kind, Site, Start
-from deltalab.deltas.starts import LOOKING, PARTS, drawn, looked_for, require_same_again, shared_out, start_from_peft
+from deltalab.deltas.starts import (
+    LOOKING,
+    PARTS,
+    drawn,
+    looked_for,
+    require_same_again,
+    require_used,
+    shared_out,
+    start_from_peft,
+)
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]
 
@@ -57,6 +67,11 @@ class LoRA(LowRankSpec):
     peft_on: ClassVar[frozenset[Kind]] = frozenset({"linear", "embedding", "experts"})
     sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear", "embedding", "experts"})
     peft_keys: ClassVar[frozenset[str]] = LowRankSpec.peft_keys | {"bias"}
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> Self:
+        require_used(self.init, self.svd_steps, self.rho)
+        return self
 
     def build(self, site: Site) -> "LoRADelta":
         out, in_ = site.shape[-2:]

@@ -42,6 +42,14 @@ def drawn(how: str, A: Tensor, B: Tensor, generator: torch.Generator, kind: Kind
     return Pair(A, B)
 
 
+def require_used(how: str, svd_steps: int | None, rho: float) -> None:
+    """Raises: ValueError for an option of a start that is not the one asked for."""
+    if svd_steps is not None and how != "pissa":
+        raise ValueError(f"svd_steps is of init='pissa', and init is '{how}'")
+    if rho != 1 and how != "eva":
+        raise ValueError(f"rho is of init='eva', and init is '{how}'")
+
+
 def start_from_peft(config: dict[str, Any]) -> dict[str, Any]:
     """{init, svd_steps, rho} by a peft config. Raises: UserError for a start that is not here."""
     said = config.get("init_lora_weights", True)
