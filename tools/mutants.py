@@ -72,6 +72,28 @@ MUTANTS = [
         "tests/deltas/test_select.py",
     ),
     mutant(
+        "DoRA's norm not held fixed", "deltas/base.py", "return value.detach()", "return value", "tests/deltas/test_dora.py",
+    ),
+    mutant(
+        "the least important triplets kept", "deltas/budget.py", "scores[path] > threshold", "scores[path] < threshold",
+        "tests/deltas/test_adalora.py",
+    ),
+    mutant(
+        "pruned entries grow back", "deltas/budget.py", "if now or over:", "if False:", "tests/deltas/test_adalora.py",
+    ),
+    mutant(
+        "a scaled output's bias left out", "deltas/ia3.py", "else self.scaled(bias)", "else bias", "tests/deltas/test_ia3.py",
+    ),
+    mutant(
+        "a start's part counted as change", "deltas/lora.py", "change = change - self.B0 @ self.A0", "pass",
+        "tests/deltas/test_init.py",
+    ),
+    mutant(
+        "LoRA+ rate on A", "deltas/lora.py",
+        '{"params": [self.A], "lr": lr}, {"params": [self.B], "lr": lr * self.lr_ratio}',
+        '{"params": [self.A], "lr": lr * self.lr_ratio}, {"params": [self.B], "lr": lr}', "tests/deltas/test_lora.py",
+    ),
+    mutant(
         "alpha/r dropped", "deltas/lowrank.py",
         "return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)", "return self.alpha",
         "tests/deltas/test_lora.py", "tests/conformance",
