@@ -71,8 +71,13 @@ MUTANTS = [
         "for name, module in linears(model).items() if name.startswith(inside)", "for name, module in linears(model).items()",
         "tests/deltas/test_select.py",
     ),
-    mutant(
-        "DoRA's norm not held fixed", "deltas/base.py", "return value.detach()", "return value", "tests/deltas/test_dora.py",
+    Mutant(
+        "DoRA's norm not held fixed",
+        (
+            ("deltas/base.py", "return value.detach()", "return value"),
+            ("deltas/dora.py", "    @torch.no_grad()\n    def norm", "    def norm"),
+        ),
+        ("tests/deltas/test_dora.py",),
     ),
     mutant(
         "the least important triplets kept", "deltas/budget.py", "scores[path] > threshold", "scores[path] < threshold",
