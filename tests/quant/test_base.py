@@ -192,6 +192,9 @@ def test_what_is_not_possible_is_refused_by_name(folder):
             dl.load(folder, **options)
     with pytest.raises(dl.UserError, match="quantised already"):
         quantise(base(), INT8)
+    for what in ("full", "last-1"):
+        with pytest.raises(dl.UserError, match=rf"Train\('{what}'\) cannot train[\s\S]*codes do not train"):
+            dl.adapt(base(), dl.Train(what))
     with pytest.raises(dl.UserError, match="too late to quantise"):
         quantise(dl.adapt(tiny_llama(), dl.LoRA()), INT8)
     model = tiny_llama()

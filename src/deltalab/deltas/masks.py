@@ -11,7 +11,7 @@ from torch import nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.select import decoder_blocks, leaf, model_name, pattern_matches
-from deltalab.deltas.sites import base_parameters
+from deltalab.deltas.sites import base_parameters, is_quantised, linears
 from deltalab.deltas.spec import ParameterSpec
 
 WHAT = ("full", "bitfit", "norms", "last-n")
@@ -39,8 +39,23 @@ class Train(ParameterSpec):
         patterns = self.what if isinstance(self.what, list) else [self.what]
         if not patterns:
             raise UserError("Train names no parameters.", nearest=WHAT)
+        for pattern in patterns:
+            _refuse_codes(model, pattern)
         chosen = {names[name] for pattern in patterns for name in _named(model, pattern, list(names))}
         return [name for name in dict.fromkeys(names.values()) if name in chosen]
+
+
+def _refuse_codes(model: nn.Module, pattern: str) -> None:
+    """Raises: UserError where `full` or `last-n` would leave out the weights that are quantised, most of the model."""
+    if pattern != "full" and not pattern.startswith("last-"):
+        return
+    codes = [path for path, linear in linears(model).items() if is_quantised(linear)]
+    if codes:
+        raise UserError(
+            f"Train('{pattern}') cannot train '{codes[0]}', which is quantised: codes do not train.",
+            found=f"{len(codes)} such linears in {model_name(model)}",
+            next="load it without quantising, put a delta on it, or name what may train: Train('norms')",
+        )
 
 
 def _above(name: str) -> list[str]:

@@ -15,7 +15,7 @@ from deltalab.core.errors import UserError
 from deltalab.deltas.adapt import planned, start
 from deltalab.deltas.attach import attach, detach
 from deltalab.deltas.select import block_linears, model_name
-from deltalab.deltas.sites import place
+from deltalab.deltas.sites import is_quantised, place
 from deltalab.deltas.spec import Start
 from deltalab.deltas.weights import adaptation, attached, is_adapted, mark_of
 from deltalab.quant.linear import GroupLinear, Quantiser, Quantising
@@ -35,7 +35,7 @@ def quantise(
         raise UserError(f"{model_name(model)} is adapted, so it is too late to quantise it.",
                         next="deltalab.unload(model) first, or deltalab.load(name, quantize=..., adapt=...)")  # fmt: skip
     there = block_linears(model, "quantising")
-    done = [path for path, linear in there.items() if _is_quantised(linear)]
+    done = [path for path, linear in there.items() if is_quantised(linear)]
     if done:
         raise UserError(
             f"{model_name(model)} is quantised already.", found=f"{len(done)} linears, the first is {done[0]}"
@@ -94,7 +94,3 @@ class _Saves:
 
     def __call__(self, *args: Any, **options: Any) -> None:
         save_whole(self.model, *args, **options)
-
-
-def _is_quantised(linear: nn.Module) -> bool:
-    return isinstance(linear, GroupLinear) or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]

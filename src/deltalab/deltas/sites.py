@@ -86,6 +86,11 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base_modules(model) if isinstance(module, LINEARS)}
 
 
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether a linear keeps codes in place of a weight that could train."""
+    return isinstance(linear, GroupLinear) or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]
+
+
 def places(model: nn.Module) -> dict[str, Place]:
     """Every weight that a delta can sit on, by path, in model order."""
     found: dict[str, Place] = {}
