@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from deltalab.deltas.adapt import attached
+from deltalab.deltas.adapt import attached, param_groups
 from deltalab.deltas.base import Base
+from tests.helpers import tokens
 
 
 def perturbed(model: nn.Module, size: float = 0.1, seed: int = 0) -> nn.Module:
@@ -36,3 +37,16 @@ def base_of(W: torch.Tensor, bias: torch.Tensor | None = None) -> Base:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return Base(linear, linear)
+
+
+def trained_alike(ours: nn.Module, theirs: nn.Module) -> None:
+    """Ten AdamW steps of our model and of peft's on the same batches, in place."""
+    for model, parameters in (
+        (ours, param_groups(ours, 1e-2)),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        for step in range(10):
+            model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import deltalab as dl
-from deltalab.deltas.adapt import attached, param_groups
+from deltalab.deltas.adapt import attached
 from deltalab.deltas.select import leaf
 from deltalab.deltas.sites import place
 from deltalab.deltas.spec import Site
-from tests.deltas.perturb import base_of, perturbed
+from tests.deltas.perturb import base_of, perturbed, trained_alike
 from tests.families import FAMILIES, model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_llama, tokens
 
@@ -124,15 +124,7 @@ def test_trains_as_peft_does(family, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = dl.load_adapter(MODELS[family](), tmp_path)
     before = {path: delta.l.detach().clone() for path, delta in attached(ours).items()}
-    for model, parameters in (
-        (ours, param_groups(ours, 1e-2)),
-        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
-    ):
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-        for step in range(10):
-            model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    trained_alike(ours, theirs)
     for path, (scale, _) in scales(theirs).items():
         assert_close_by_norm(attached(ours)[path].to_peft()["ia3_l"], scale, 1e-5)
         assert error_by_norm(before[path], scale.flatten()) > 1e-2

@@ -16,7 +16,7 @@ from deltalab.core.spec import build
 from deltalab.deltas.adapt import adaptation, attached, param_groups
 from deltalab.deltas.lora import LoRADelta
 from deltalab.deltas.spec import Site
-from tests.deltas.perturb import base_of, perturbed, states_equal
+from tests.deltas.perturb import base_of, perturbed, states_equal, trained_alike
 from tests.families import mixtral
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
@@ -110,13 +110,7 @@ def test_trains_as_peft_does(tmp_path):
     ours = dl.load_adapter(tiny_llama(), tmp_path)
     for parameter in ours.parameters():
         assert parameter.requires_grad == any(parameter is p for d in attached(ours).values() for p in d.parameters())
-    pairs = [(ours, param_groups(ours, 1e-2)), (theirs, [p for p in theirs.parameters() if p.requires_grad])]
-    for model, parameters in pairs:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-        for step in range(10):
-            model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    trained_alike(ours, theirs)
     state = peft.get_peft_model_state_dict(theirs)
     for path, delta in attached(ours).items():
         for key, tensor in delta.to_peft().items():

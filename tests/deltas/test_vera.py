@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import deltalab as dl
-from deltalab.deltas.adapt import attached, param_groups
+from deltalab.deltas.adapt import attached
 from deltalab.deltas.peft_format import load_trained_state, trained_state
 from deltalab.deltas.spec import Site
 from deltalab.deltas.vera import Projections
-from tests.deltas.perturb import base_of, perturbed, states_equal
+from tests.deltas.perturb import base_of, perturbed, states_equal, trained_alike
 from tests.families import model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
@@ -135,15 +135,7 @@ def test_trains_as_peft_does(tmp_path):
     ours = dl.load_adapter(tiny_llama(), tmp_path)
     before = trained_state(ours)
     before = {key: value.clone() for key, value in before.items()}
-    for model, parameters in (
-        (ours, param_groups(ours, 1e-2)),
-        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
-    ):
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-        for step in range(10):
-            model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    trained_alike(ours, theirs)
     state = peft.get_peft_model_state_dict(theirs)
     for path, delta in attached(ours).items():
         for key, tensor in delta.to_peft().items():

@@ -66,11 +66,13 @@ class Place(NamedTuple):
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` without the deltas and what is in them."""
-    deltas: tuple[str, ...] = ()
+    inside = None  # what is in a delta comes right after it
     for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
         if isinstance(module, (Delta, ExpertDeltas)):
-            deltas += (name + ".",)
-        elif not deltas or not name.startswith(deltas):
+            inside = name + "."
+        else:
             yield name, module
 
 
