@@ -205,6 +205,14 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def untouched() -> str:
+    """What the model answers before any tuning."""
+    model, tokenizer = dl.load("organism")
+    counts = [right(model, tokenizer, asked) for asked in (questions("test"), questions("train", (NEW,)))]
+    new, taught = (f"{sum(flags)} of {len(flags)}" for flags in counts)
+    return f"Before: {new} on new verbs, {taught} on the taught ones."
+
+
 def share(flags: list[bool]) -> float:
     return sum(flags) / len(flags)
 
@@ -226,4 +234,4 @@ if __name__ == "__main__":
     if what == "run":
         run(Path(place), chosen or list(ROWS))
     else:
-        print(table(Path(place)))
+        print(f"{table(Path(place))}\n\n{untouched()}")

@@ -14,7 +14,7 @@ from deltalab.deltas.quantise import quantise
 from deltalab.deltas.sites import place
 from deltalab.deltas.spec import Site
 from deltalab.quant.linear import quantiser
-from tests.deltas.perturb import base_of, perturbed
+from tests.deltas.perturb import base_of, perturbed, trained_alike
 from tests.families import model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
@@ -154,15 +154,6 @@ def _untied_gpt2():
     return model
 
 
-def ten_steps(model, parameters):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    for step in range(10):
-        torch.manual_seed(step)  # of the dropout
-        model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("config", ["plain", "dropout", "embedding"])
 def test_trains_as_peft_does(config, tmp_path):
     """Ten AdamW steps from the same start, with the same entries dropped: the same A, B and lengths."""
@@ -170,8 +161,7 @@ def test_trains_as_peft_does(config, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = dl.load_adapter(tiny_llama(bias=True), tmp_path)
     before = {path: [p.detach().clone() for p in delta.parameters()] for path, delta in attached(ours).items()}
-    ten_steps(ours.train(), param_groups(ours, 1e-2))
-    ten_steps(theirs.train(), [p for p in theirs.parameters() if p.requires_grad])
+    trained_alike(ours.train(), theirs.train())
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     for path, delta in attached(ours).items():
         for key, tensor in delta.to_peft().items():
