@@ -65,9 +65,9 @@ ROWS = {
     "IA³": Row(lambda: dl.IA3(), 3e-2),
     "IA³ all-linear": Row(lambda: dl.IA3(**EVERY), 3e-2),
     "VeRA r 64": Row(lambda: dl.VeRA(r=64, **EVERY), 1e-2),
-    "LoRA r 8, int4 base": Row(lambda: dl.LoRA(r=8, **EVERY), 3e-3, {"quantize": "int4"}),
-    "LoftQ r 8, int4 base": Row(lambda: dl.LoRA(r=8, init="loftq", **EVERY), 1e-3, {"quantize": "int4"}),
-    "QA-LoRA r 8, int4 base": Row(lambda: dl.QALoRA(r=8, **EVERY), 3e-3, {"quantize": "int4"}),
+    "LoRA r 8, int4 base": Row(lambda: dl.LoRA(r=8, **EVERY), 3e-3, {"quantize": "int4-group"}),
+    "LoftQ r 8, int4 base": Row(lambda: dl.LoRA(r=8, init="loftq", **EVERY), 1e-3, {"quantize": "int4-group"}),
+    "QA-LoRA r 8, int4 base": Row(lambda: dl.QALoRA(r=8, **EVERY), 3e-3, {"quantize": "int4-group"}),
 }
 
 

@@ -28,6 +28,7 @@ _PUBLIC = {
         "set_active",
     ],
     "deltalab.deltas.schedule": ["step", "penalty"],
+    "deltalab.deltas.measures": ["measures"],
     "deltalab.deltas.peft_format": ["save_adapter", "load_adapter"],
     "deltalab.deltas.select": ["select"],
     "deltalab.train": ["train"],

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.deltas.base import Base, WeightDelta
-from deltalab.deltas.spec import DeltaSpec, Kind, Site
+from deltalab.deltas.site import Kind, Site
+from deltalab.deltas.spec import DeltaSpec
 
 
 class Scale(DeltaSpec):

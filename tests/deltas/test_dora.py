@@ -11,8 +11,8 @@ from torch import nn
 import deltalab as dl
 from deltalab.deltas.adapt import attached, param_groups
 from deltalab.deltas.quantise import quantise
+from deltalab.deltas.site import Site
 from deltalab.deltas.sites import place
-from deltalab.deltas.spec import Site
 from deltalab.quant.linear import quantiser
 from tests.deltas.perturb import base_of, perturbed, trained_alike
 from tests.families import model_of
@@ -258,7 +258,7 @@ def test_a_group_quantised_base_begins_as_itself():
 
 def test_a_16_bit_base_that_is_quantised_begins_without_a_change():
     """The lengths are those of the codes' weight in 16 bit, which is the base."""
-    model = quantise(tiny_llama(mlp=64).bfloat16(), quantiser("int4"), dl.DoRA(r=2))
+    model = quantise(tiny_llama(mlp=64).bfloat16(), quantiser("int4-group"), dl.DoRA(r=2))
     for path in attached(model):
         assert not dl.delta_weight(model, path).any()
 

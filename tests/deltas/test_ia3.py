@@ -10,8 +10,8 @@ from torch import nn
 import deltalab as dl
 from deltalab.deltas.adapt import attached
 from deltalab.deltas.select import leaf
+from deltalab.deltas.site import Site
 from deltalab.deltas.sites import place
-from deltalab.deltas.spec import Site
 from tests.deltas.perturb import base_of, perturbed, trained_alike
 from tests.families import FAMILIES, model_of
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_llama, tokens

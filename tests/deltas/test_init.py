@@ -255,7 +255,7 @@ def test_loftq_makes_up_for_the_quantisation():
         assert_close_by_norm(rest, W - before, 1e-10)
 
 
-@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("bits", ["int4-group", "int8"])
 def test_loftq_while_the_base_is_quantised(bits):
     plain, spec = tiny_llama(), dl.LoRA(init="loftq", r=8, targets="all-linear")
     model, bare = quantise(tiny_llama(), quantiser(bits, 8), spec), quantise(tiny_llama(), quantiser(bits, 8))

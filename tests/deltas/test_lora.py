@@ -15,7 +15,7 @@ import deltalab as dl
 from deltalab.core.spec import build
 from deltalab.deltas.adapt import adaptation, attached, param_groups
 from deltalab.deltas.lora import LoRADelta
-from deltalab.deltas.spec import Site
+from deltalab.deltas.site import Site
 from tests.deltas.perturb import base_of, perturbed, states_equal, trained_alike
 from tests.families import mixtral
 from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens

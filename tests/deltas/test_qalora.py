@@ -10,8 +10,8 @@ import torch
 import deltalab as dl
 from deltalab.deltas.adapt import attached, merged_weight
 from deltalab.deltas.quantise import quantise
-from deltalab.deltas.spec import Site
-from deltalab.quant.linear import GroupLinear, Quantiser
+from deltalab.deltas.site import Site
+from deltalab.quant.linear import GroupLinear, GroupQuantiser
 from tests.deltas.perturb import base_of, perturbed, states_equal
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_gpt2, tiny_llama, tokens
 
@@ -47,7 +47,7 @@ def test_the_formula_entry_by_entry():
 @bits
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, lambda: tiny_llama(bias=True, tied=True)])
 def test_it_merges_into_the_offsets_alone_and_exactly(bits, make):
-    model = perturbed(dl.adapt(quantise(make(), Quantiser(bits, 8)), dl.QALoRA(targets="all-linear")), 0.3)
+    model = perturbed(dl.adapt(quantise(make(), GroupQuantiser(bits, 8)), dl.QALoRA(targets="all-linear")), 0.3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     merged = dl.merged(model)
     assert len(attached(model)) > 3
@@ -64,7 +64,7 @@ def test_it_merges_into_the_offsets_alone_and_exactly(bits, make):
         assert float(change.norm()) > 0.05 * float(old.weight.norm()), "a change too small to see"
     assert_close_by_norm(merged(tokens()).logits, model(tokens()).logits, 1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    bare = quantise(make(), Quantiser(bits, 8))
+    bare = quantise(make(), GroupQuantiser(bits, 8))
     assert list(merged.state_dict()) == list(bare.state_dict())
     assert [type(m) for m in merged.modules()] == [type(m) for m in bare.modules()]
     assert states_equal(dl.unload(model), bare)
@@ -73,7 +73,7 @@ def test_it_merges_into_the_offsets_alone_and_exactly(bits, make):
 
 
 def test_other_changes_become_plain_linears():
-    model = dl.adapt(quantise(tiny_llama(), Quantiser(4, 16)), [dl.LoRA(targets="q,v"), dl.QALoRA(targets="mlp")])
+    model = dl.adapt(quantise(tiny_llama(), GroupQuantiser(4, 16)), [dl.LoRA(targets="q,v"), dl.QALoRA(targets="mlp")])
     perturbed(model)
     path = "model.layers.0.mlp.up_proj"
     attached(model)[path].keep = torch.rand(48, 32) < 0.5  # no longer constant within groups
@@ -86,7 +86,7 @@ def test_other_changes_become_plain_linears():
 
 
 def test_in_bfloat16_it_merges_into_fp32_offsets():
-    model = quantise(tiny_llama(dtype=torch.bfloat16), Quantiser(4, 16))
+    model = quantise(tiny_llama(dtype=torch.bfloat16), GroupQuantiser(4, 16))
     perturbed(dl.adapt(model, dl.QALoRA(targets="all-linear")))
     merged = dl.merged(model)
     for path in attached(model):
@@ -108,7 +108,7 @@ def test_the_group_is_the_quantisers_or_a_multiple_of_it():
     with pytest.raises(dl.UserError, match="groups of 5"):
         dl.adapt(model, dl.QALoRA(group_size=5))
     assert states_equal(model, tiny_llama())
-    wide = dl.adapt(quantise(tiny_llama(), Quantiser(4, 8)), dl.QALoRA(group_size=16, targets="mlp"))
+    wide = dl.adapt(quantise(tiny_llama(), GroupQuantiser(4, 8)), dl.QALoRA(group_size=16, targets="mlp"))
     assert all(
         type(m) is GroupLinear for m in dl.merged(perturbed(wide)).model.layers[0].mlp.children() if hasattr(m, "bits")
     )
@@ -117,20 +117,20 @@ def test_the_group_is_the_quantisers_or_a_multiple_of_it():
 def test_it_is_loaded_with_the_quantised_base(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    model, _ = dl.load(tmp_path, quantize="int4", group_size=8, adapt=dl.QALoRA(r=4), seed=1)
-    want = dl.adapt(quantise(tiny_llama(), Quantiser(4, 8)), dl.QALoRA(r=4), seed=1)
+    model, _ = dl.load(tmp_path, quantize="int4-group", group_size=8, adapt=dl.QALoRA(r=4), seed=1)
+    want = dl.adapt(quantise(tiny_llama(), GroupQuantiser(4, 8)), dl.QALoRA(r=4), seed=1)
     assert states_equal(model, want)
     assert {delta.g for delta in attached(model).values()} == {8}
 
 
 def test_files_are_ours_alone(tmp_path):
-    model = perturbed(dl.adapt(quantise(tiny_llama(), Quantiser(4, 16)), dl.QALoRA()))
+    model = perturbed(dl.adapt(quantise(tiny_llama(), GroupQuantiser(4, 16)), dl.QALoRA()))
     dl.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DELTALAB"
-    again = dl.load_adapter(quantise(tiny_llama(), Quantiser(4, 16)), tmp_path)
+    again = dl.load_adapter(quantise(tiny_llama(), GroupQuantiser(4, 16)), tmp_path)
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     with pytest.raises(dl.UserError, match=r"does not fit[\s\S]*shape"):
-        dl.load_adapter(quantise(tiny_llama(), Quantiser(4, 8)), tmp_path)
+        dl.load_adapter(quantise(tiny_llama(), GroupQuantiser(4, 8)), tmp_path)
     with pytest.raises(Exception, match="DELTALAB"):
         peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     with pytest.raises(NotImplementedError):

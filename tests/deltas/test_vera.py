@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import deltalab as dl
 from deltalab.deltas.adapt import attached
 from deltalab.deltas.peft_format import load_trained_state, trained_state
-from deltalab.deltas.spec import Site
+from deltalab.deltas.site import Site
 from deltalab.deltas.vera import Projections
 from tests.deltas.perturb import base_of, perturbed, states_equal, trained_alike
 from tests.families import model_of

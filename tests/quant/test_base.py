@@ -16,12 +16,12 @@ from deltalab.deltas.quantise import quantise
 from deltalab.deltas.select import select
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.models.load import model_digest
-from deltalab.quant.linear import GroupLinear, Quantiser
+from deltalab.quant.linear import GroupLinear, GroupQuantiser
 from tests.deltas.perturb import perturbed, states_equal
 from tests.families import model_of
 from tests.helpers import assert_close_by_norm, byte_tokenizer, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
-INT8 = Quantiser(8, 16)
+INT8 = GroupQuantiser(8, 16)
 method = pytest.mark.parametrize("method", methods().values(), ids=methods())
 bits = pytest.mark.parametrize("bits", [4, 8])
 Q = "model.layers.0.self_attn.q_proj"
@@ -158,10 +158,12 @@ def test_gradients_are_those_of_the_dequantised_model():
 
 @bits
 def test_loading_is_quantising_what_was_loaded(folder, bits):
-    model, _ = dl.load(folder, quantize=f"int{bits}", group_size=16)
-    assert states_equal(model, quantise(dl.load(folder)[0], Quantiser(bits, 16)))
+    model, _ = dl.load(folder, quantize={4: "int4-group", 8: "int8"}[bits], group_size=16)
+    assert states_equal(model, quantise(dl.load(folder)[0], GroupQuantiser(bits, 16)))
     assert not model.training
-    again, _ = dl.load(folder, quantize=f"int{bits}", group_size=16, adapt=dl.LoRA(targets="mlp"), seed=3)
+    again, _ = dl.load(
+        folder, quantize={4: "int4-group", 8: "int8"}[bits], group_size=16, adapt=dl.LoRA(targets="mlp"), seed=3
+    )
     want = dl.adapt(model, dl.LoRA(targets="mlp"), seed=3)
     assert states_equal(again, want)
     assert torch.equal(again(tokens()).logits, want(tokens()).logits)
@@ -171,7 +173,7 @@ def test_loading_is_quantising_what_was_loaded(folder, bits):
 
 
 def test_loading_in_bfloat16_with_default_groups(folder):
-    model, _ = dl.load(folder, dtype="bfloat16", quantize="int4")
+    model, _ = dl.load(folder, dtype="bfloat16", quantize="int4-group")
     linear = model.get_submodule(Q)
     assert (linear.dtype, linear.scale.dtype, linear.group_size) == (torch.bfloat16, torch.float32, 16)
     assert model(tokens()).logits.dtype is torch.bfloat16
@@ -181,10 +183,13 @@ def test_what_is_not_possible_is_refused_by_name(folder):
     for options, match in (
         ({"quantize": "int5"}, r"'int5' is no quantisation[\s\S]*int4"),
         ({"quantize": "nf4"}, r"'nf4' is no quantisation[\s\S]*int4"),
-        ({"quantize": "int4", "group_size": 20}, r"'model.layers.0.self_attn.q_proj'[\s\S]*groups of 20[\s\S]*16"),
+        (
+            {"quantize": "int4-group", "group_size": 20},
+            r"'model.layers.0.self_attn.q_proj'[\s\S]*groups of 20[\s\S]*16",
+        ),
         ({"group_size": 16}, "nothing is quantised"),
         (
-            {"quantize": "int4", "adapt": dl.Train("full")},
+            {"quantize": "int4-group", "adapt": dl.Train("full")},
             r"'model.layers.0.self_attn.q_proj' is meant to train itself",
         ),
     ):
@@ -264,7 +269,7 @@ def distances(model, start=tiny_llama):
 @bits
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisation(bits, start, tmp_path):
-    quantiser, spec = Quantiser(bits, 16), dl.LoRA(r=8, init=start, targets="all-linear")
+    quantiser, spec = GroupQuantiser(bits, 16), dl.LoRA(r=8, init=start, targets="all-linear")
     model = quantise(tiny_llama(), quantiser, spec)
     exact = attached(dl.adapt(tiny_llama(), spec))
     for path, delta in attached(model).items():
@@ -297,7 +302,7 @@ def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisatio
 @bits
 def test_loftq_starts_closer_than_quantising_does_and_closer_with_more_steps(bits):
     """On every matrix closer than plain; steps alternate two projections, one of them not convex: closer on the whole."""
-    quantiser = Quantiser(bits, 16)
+    quantiser = GroupQuantiser(bits, 16)
     plain = distances(base(quantiser=quantiser))
     fitted = distances(quantise(tiny_llama(), quantiser, dl.LoRA(r=4, init="loftq", targets="all-linear")))
     assert plain.keys() == fitted.keys()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import deltalab as dl
 from deltalab.quant.groups import dequantise, quantise
-from deltalab.quant.linear import GroupLinear, Quantiser, quantiser
+from deltalab.quant.linear import GroupLinear, GroupQuantiser, quantiser
 from tests.helpers import assert_close_by_norm
 
 bits = pytest.mark.parametrize("bits", [4, 8])
@@ -125,13 +125,13 @@ def test_a_change_within_groups_goes_into_the_offsets(bits):
 
 
 def test_quantisers_by_name():
-    assert quantiser("int4") == Quantiser(4)
-    assert quantiser("int8", 16) == Quantiser(8, 16)
+    assert quantiser("int4-group") == GroupQuantiser(4)
+    assert quantiser("int8", 16) == GroupQuantiser(8, 16)
     with pytest.raises(dl.UserError, match="'int5' is no quantisation") as raised:
         quantiser("int5")
-    assert "int4" in str(raised.value)
+    assert "int4-group" in str(raised.value)
     W = torch.randn(4, 48)
-    assert Quantiser(4).linear(W, None, torch.float32).group_size == 24
-    assert torch.equal(Quantiser(4).round_trip(W), Quantiser(4).linear(W, None, torch.float32).weight)
+    assert GroupQuantiser(4).linear(W, None, torch.float32).group_size == 24
+    assert torch.equal(GroupQuantiser(4).round_trip(W), GroupQuantiser(4).linear(W, None, torch.float32).weight)
     with pytest.raises(dl.UserError, match="groups of 32 do not divide 48"):
-        Quantiser(4, 32).round_trip(W)
+        GroupQuantiser(4, 32).round_trip(W)

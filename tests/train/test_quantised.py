@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
 
 def plan(place, output, adapt, **fields):
-    values = {"model": str(place), "quantize": "int4", "adapt": [{"targets": "all-linear", "r": 2, **adapt}],
+    values = {"model": str(place), "quantize": "int4-group", "adapt": [{"targets": "all-linear", "r": 2, **adapt}],
               "data": [{"task": "instruct", "path": str(place / "data.jsonl")}],
               "optim": {"lr": 0.01, "steps": 6, "batch": 4}, "run": {"checkpoint_every": 2}, "output": str(output)}  # fmt: skip
     return build(TrainSpec, {**values, **fields})
@@ -49,13 +49,13 @@ def test_a_run_is_recorded_stopped_and_gone_on_with_bitwise(place, tmp_path, ada
     spec = plan(place, tmp_path / "whole", adapt)
     path = run_spec(spec, progress=False)
     record = read_record(path.parent)
-    fresh, _ = load(place, quantize="int4", adapt=spec.adapt, seed=spec.seed)
-    assert record["spec"]["quantize"] == "int4"
+    fresh, _ = load(place, quantize="int4-group", adapt=spec.adapt, seed=spec.seed)
+    assert record["spec"]["quantize"] == "int4-group"
     assert record["base"] == model_digest(fresh) != model_digest(load(place)[0])
     assert record["sizes"]["base"] == sum(p.numel() for p in tiny_llama(hidden=16, layers=1, mlp=24).parameters())
     assert 0 < record["result"]["loss"][-1] < record["result"]["loss"][0]
     rows = dict(tables(record)[0].rows)
-    assert rows["quantised"] == "int4"
+    assert rows["quantised"] == "int4-group"
     assert rows["delta"] == f"{adapt['method']} on all-linear"
 
     step = loop.Loop._step
@@ -70,7 +70,7 @@ def test_a_run_is_recorded_stopped_and_gone_on_with_bitwise(place, tmp_path, ada
     with pytest.raises(KeyboardInterrupt):
         run_spec(again, progress=False)
     monkeypatch.setattr(loop.Loop, "_step", step)
-    with pytest.raises(UserError, match=r"quantize: 'int4' there, 'int8' here"):
+    with pytest.raises(UserError, match=r"quantize: 'int4-group' there, 'int8' here"):
         run_spec(again.but(quantize="int8"), progress=False)
     assert adapter_of(run_spec(again, progress=False)) == adapter_of(path)
 

@@ -153,7 +153,7 @@ def _built(spec: Any) -> tuple[str, str]:
     import torch
 
     from deltalab.deltas.base import WeightDelta
-    from deltalab.deltas.spec import Kind, Site
+    from deltalab.deltas.site import Kind, Site
 
     kind: Kind = "linear" if "linear" in spec.sits_on else min(spec.sits_on)
     shape = (1, OUT, IN) if kind == "experts" else (OUT, IN)

@@ -22,7 +22,8 @@ from deltalab.deltas import budget
 from deltalab.deltas.base import Base, Delta, Factors, WeightDelta
 from deltalab.deltas.budget import Schedule
 from deltalab.deltas.lowrank import low_rank
-from deltalab.deltas.spec import DeltaSpec, Site
+from deltalab.deltas.site import Site
+from deltalab.deltas.spec import DeltaSpec
 
 Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]

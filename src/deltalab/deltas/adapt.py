@@ -22,7 +22,7 @@ from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach, detach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
 from deltalab.deltas.peft_config import is_peft, peft_plan
-from deltalab.deltas.select import leaf, model_name, select
+from deltalab.deltas.select import leaf, model_name
 from deltalab.deltas.sites import Place, base_parameters, linears, place
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec, Start
 from deltalab.deltas.switch import adapters, drop, forget, ignore_on_save, park, set_active, unload
@@ -40,14 +40,14 @@ from deltalab.deltas.weights import (
     is_adapted,
     merged_weight,
 )
-from deltalab.quant.linear import GroupLinear
+from deltalab.quant.base import QuantisedLinear
 
 __all__ = ["Trainable", "adapt", "adaptation", "adapters", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
            "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
 
 
 Batches = Sequence[Mapping[str, Tensor]]
-KINDS = {"linear": "a linear", "embedding": "an embedding", "experts": "a stack of experts"}
+KINDS = {"linear": "a linear", "embedding": "an embedding", "experts": "a stack of experts", "attention": "an attention", "mlp": "an MLP"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def planned(model: nn.Module, spec: Any) -> Planned:
             names |= set(item.parameters(model))
             continue
         if isinstance(item, DeltaSpec):
-            chosen = [Group(item, select(model, item.targets, item.layers).names)]
+            chosen = [Group(item, item.chosen(model))]
         elif is_peft(item):
             theirs = peft_plan(model, item.to_dict(), fresh=True)
             chosen = theirs.groups
@@ -264,7 +264,7 @@ def merged(model: nn.Module) -> nn.Module:
         detach(module)
     for path in deltas:
         where = place(plain, path)
-        if isinstance(where.module, GroupLinear):
+        if isinstance(where.module, QuantisedLinear):
             if not where.module.absorb(delta_weight(model, path)):
                 plain.set_submodule(path, where.module.plain(merged_weight(model, path)))
             continue

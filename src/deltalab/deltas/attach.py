@@ -3,7 +3,8 @@ becomes a subclass that asks it.
 
 A linear or an embedding hands its delta the input and its own forward. Experts, whose forward reads 3-D parameters as it
 likes, are shown the adapted weights in place of them: that works with every implementation of the experts' forward, and
-costs one adapted copy of each stack while the forward runs, in training until its backward is done.
+costs one adapted copy of each stack while the forward runs, in training until its backward is done. A sub-layer hands
+its delta the hidden states and its own forward, the other arguments and results beside.
 
 The module keeps its place, its parameters, their names and ties, so state-dict keys, hooks, deepcopy and
 `save_pretrained` go on working, and taking the delta off again leaves no trace.
@@ -16,8 +17,10 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
-from deltalab.deltas.base import Base, Delta, WeightDelta
+from deltalab.deltas.base import LINEARS, Base, Delta, WeightDelta
 from deltalab.deltas.sites import ExpertDeltas, Place
+
+NOTHING = object()
 
 
 class Adapted(nn.Module):
@@ -36,6 +39,24 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made on the fly have no importable name: pickle and deepcopy make the class again instead."""
         return _blank, (type(self).adapts,), self.__getstate__()
+
+
+class AdaptedSublayer(Adapted):
+    """Mixed in before the class of an attention or an MLP."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.delta.enabled:
+            return super(Adapted, self).forward(*args, **kwargs)
+        own = super(Adapted, self).forward
+        beside: list[Any] = []
+
+        def base(x: Tensor) -> Tensor:
+            result = own(x, *args[1:], **kwargs) if args else own(**{**kwargs, "hidden_states": x})
+            beside[:] = result[1:] if isinstance(result, tuple) else [NOTHING]
+            return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+
+        y = self.delta(args[0] if args else kwargs["hidden_states"], Base(base, self))
+        return y if beside == [NOTHING] else (y, *beside)
 
 
 class AdaptedExperts(nn.Module):
@@ -77,6 +98,8 @@ def adapted_class(cls: type[nn.Module], shows: tuple[str, ...]) -> type[nn.Modul
         body |= {"shows": shows, **{name: property(functools.partial(_shown, name)) for name in shows}}
     elif issubclass(cls, nn.Embedding) and cls is not nn.Embedding:
         bases = (cls, adapted_class(nn.Embedding, ()))
+    elif not issubclass(cls, (*LINEARS, nn.Embedding)):
+        bases = (AdaptedSublayer, cls)
     return type(f"Adapted{cls.__name__}", bases, body)
 
 

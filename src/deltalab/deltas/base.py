@@ -1,6 +1,6 @@
 """The two kinds of delta that sit on a weight, and what they read of the module that holds it.
 
-A `Delta` is a trained module round one linear: it sees the input and the linear's own forward. A `WeightDelta` is one
+A `Delta` is a trained module round one linear or sub-layer: it sees the input and the module's own forward. A `WeightDelta` is one
 whose effect is a change of the weight, so it has an adapted weight and merges. Neither ever writes to the weight.
 A class here is abstract; a method's own file holds the final ones.
 
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Bool, Float, Int
-from deltalab.quant.linear import GroupLinear
+from deltalab.quant.base import QuantisedLinear
 
-LINEARS = (nn.Linear, Conv1D, GroupLinear)
+LINEARS = (nn.Linear, Conv1D, QuantisedLinear)
 """What a delta can sit on. GPT-2's Conv1D is a linear whose weight is stored (in, out)."""
 
 CHUNK = 1 << 20
@@ -29,7 +29,11 @@ CHUNK = 1 << 20
 
 
 class Base:
-    """The linear under a delta, as it was loaded: called, its own forward. W: its weight, (out, in). bias: (out,) or None."""
+    """The module under a delta, as it was loaded: called, its own forward.
+
+    Of a linear W is the weight, (out, in), and bias (out,) or None. Of a sub-layer x and the result are its hidden states,
+    (batch, seq, hidden); the other arguments stay what they are, other results are passed on.
+    """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], linear: nn.Module) -> None:
         self.forward, self.linear = forward, linear
@@ -47,7 +51,7 @@ class Base:
 
 
 class Delta(nn.Module, abc.ABC):
-    """A trained module round one linear: y = forward(x, base)."""
+    """A trained module round one linear or sub-layer: y = forward(x, base)."""
 
     enabled: bool = True
     keep: Bool[Tensor, "*e out in"] | None
@@ -58,7 +62,7 @@ class Delta(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:
-        """The adapted linear's output."""
+        """The adapted module's output."""
 
     @abc.abstractmethod
     def init(self, generator: torch.Generator) -> None:
@@ -67,6 +71,10 @@ class Delta(nn.Module, abc.ABC):
     def constant(self, value: Tensor) -> Tensor:
         """A value that the backward takes for one by a method's paper; a hook, so that finite differences can as well."""
         return value.detach()
+
+    def measures(self) -> dict[str, float]:
+        """What can be told of the delta as it is, by name: gates, the use of experts, what its last forward did."""
+        return {}
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Groups for a torch optimizer; a method with several learning rates splits them here."""
@@ -167,14 +175,16 @@ class Dropout(nn.Dropout):
 def weight_of(linear: nn.Module) -> Tensor:
     """A linear's weight as (out, in): a transposed view for Conv1D and embeddings.
 
-    Of a `GroupLinear` what its codes stand for, made anew; of other quantised linears the codes as they are kept.
+    Of a `QuantisedLinear` what its codes stand for, made anew; of other quantised linears the codes as they are kept.
     """
     return as_stored(linear, linear.weight)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, ...]:
     """(out, in), also of a linear that keeps its weight quantised in another shape. Of other modules the weight's."""
-    if isinstance(linear, GroupLinear) or (isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point):
+    if isinstance(linear, QuantisedLinear) or (
+        isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point
+    ):
         return linear.out_features, linear.in_features
     return tuple(weight_of(linear).shape)
 

@@ -18,8 +18,9 @@ from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, wide
 from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
+from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.sites import looked_at, place
-from deltalab.deltas.spec import Kind, Site, Start
+from deltalab.deltas.spec import Start
 
 NEUTRAL = (False, "gaussian", "orthogonal", "eva")
 """Values of peft's `init_lora_weights` that leave the base weight alone: of an adapter that is saved they say nothing."""

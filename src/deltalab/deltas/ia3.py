@@ -18,8 +18,9 @@ from deltalab.core.shapes import Float
 from deltalab.core.spec import build
 from deltalab.deltas.base import Base, Delta, WeightDelta
 from deltalab.deltas.select import ends_mlp, pattern_matches
+from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.sites import looked_at
-from deltalab.deltas.spec import DeltaSpec, Kind, Site
+from deltalab.deltas.spec import DeltaSpec
 
 
 class IA3(DeltaSpec):

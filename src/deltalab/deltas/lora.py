@@ -31,7 +31,8 @@ from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta
 from deltalab.deltas.init import Pair
 from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, low_rank, of_experts
 from deltalab.deltas.select import leaf
-from deltalab.deltas.spec import Kind, Site, Start
+from deltalab.deltas.site import Kind, Site
+from deltalab.deltas.spec import Start
 from deltalab.deltas.starts import (
     LOOKING,
     PARTS,

@@ -19,7 +19,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.base import Base, Dropout, Factors, WeightDelta
 from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
-from deltalab.deltas.spec import Site
+from deltalab.deltas.site import Site
 from deltalab.quant.groups import default_group, require_group
 
 

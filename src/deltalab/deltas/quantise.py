@@ -18,7 +18,7 @@ from deltalab.deltas.select import block_linears, model_name
 from deltalab.deltas.sites import is_quantised, place
 from deltalab.deltas.spec import Start
 from deltalab.deltas.weights import adaptation, attached, is_adapted, mark_of
-from deltalab.quant.linear import GroupLinear, Quantiser, Quantising
+from deltalab.quant.base import QuantisedLinear, Quantiser, Quantising
 
 
 def quantise(
@@ -75,7 +75,7 @@ def save_whole(model: nn.Module, *args: Any, **options: Any) -> None:
 
     Raises: UserError if it holds codes: a loader finds no weights in such a file, and would draw new ones.
     """
-    held = [path for path, module in model.named_modules() if isinstance(module, GroupLinear)]
+    held = [path for path, module in model.named_modules() if isinstance(module, QuantisedLinear)]
     if held:
         raise UserError(
             f"{model_name(model)} is quantised, and save_pretrained has no format for its codes.",

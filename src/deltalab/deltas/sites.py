@@ -1,4 +1,4 @@
-"""The weights of a model that a delta can sit on, each by its path and kind.
+"""The places of a model that a delta can sit on, each by its path and kind: weights, and the sub-layers of the blocks.
 
 A linear and an embedding go by the path of their module, experts by the path of their parameter
 (`model.layers.0.mlp.experts.down_proj`): one module holds several of them.
@@ -12,20 +12,30 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import LINEARS, Delta, as_stored, shape_of, weight_of, wide
-from deltalab.deltas.spec import Kind, Site
-from deltalab.quant.linear import GroupLinear
+from deltalab.deltas.site import Kind, Site
+from deltalab.quant.base import QuantisedLinear
 
 
 class ExpertDeltas(nn.ModuleDict):
     """The child `delta` of a module of experts: parameter's name -> its weight delta."""
 
 
+ATTENTIONS = {"self_attn", "attn", "attention", "self_attention", "SelfAttention"}
+MLPS = {"mlp", "feed_forward", "ffn", "DenseReluDense", "block_sparse_moe"}
+"""Names that models give to the sub-layers of their blocks: hidden states in, what is added to the residual out."""
+SUBLAYERS = ("attention", "mlp")
+
+
 class Place(NamedTuple):
-    """Where a weight is kept: the module, the name of the parameter in it, and its kind."""
+    """Where a weight is kept: the module, the name of the parameter in it, and its kind.
+
+    A sub-layer is a module with no one weight: name is empty, width the size of its hidden states.
+    """
 
     module: nn.Module
     name: str
     kind: Kind
+    width: int = 0
 
     @property
     def transposed(self) -> bool:
@@ -40,8 +50,10 @@ class Place(NamedTuple):
 
     @property
     def parameter(self) -> Tensor:
-        """The weight as the module keeps it: a parameter, or the codes of a `GroupLinear`."""
-        if isinstance(self.module, GroupLinear):
+        """The weight as the module keeps it: a parameter, or the codes of a `QuantisedLinear`. Of a sub-layer any in it."""
+        if self.kind in SUBLAYERS:
+            return next(self.module.parameters())
+        if isinstance(self.module, QuantisedLinear):
             return self.module.codes
         found = self.module._parameters.get(self.name)
         return getattr(self.module, self.name) if found is None else found
@@ -49,7 +61,7 @@ class Place(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of `W`."""
-        return self.module.dtype if isinstance(self.module, GroupLinear) else self.parameter.dtype
+        return self.module.dtype if isinstance(self.module, QuantisedLinear) else self.parameter.dtype
 
     @property
     def W(self) -> Tensor:
@@ -59,8 +71,12 @@ class Place(NamedTuple):
     def site(self, path: str) -> Site:
         """What a delta for this place is built from."""
         W = self.parameter
+        if self.kind in SUBLAYERS:
+            floats = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
+            dtype = wide(next(floats, torch.float32))
+            return Site(path, (self.width, self.width), self.kind, dtype, W.device, None, self.module)
         shape = tuple(self.W.shape) if self.kind == "experts" else shape_of(self.module)
-        group = self.module.group_size if isinstance(self.module, GroupLinear) else None
+        group = self.module.group_size if isinstance(self.module, QuantisedLinear) else None
         return Site(path, shape, self.kind, wide(self.dtype), W.device, group)
 
 
@@ -90,7 +106,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_quantised(linear: nn.Module) -> bool:
     """Whether a linear keeps codes in place of a weight that could train."""
-    return isinstance(linear, GroupLinear) or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]
+    return isinstance(linear, QuantisedLinear) or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -107,6 +123,33 @@ def places(model: nn.Module) -> dict[str, Place]:
     return found
 
 
+def sublayers(model: nn.Module) -> dict[str, Place]:
+    """Every attention and MLP of the blocks whose result is added to the residual as it is, by path, in model order.
+
+    One that adds the residual itself (BERT's attention) is none, and so is what has no module of its own.
+    """
+    found: dict[str, Place] = {}
+    for path, module in base_modules(model):
+        if not any(path.startswith(outer + ".") for outer in found):
+            kind = _sublayer_kind(path, module)
+            if kind is not None:
+                found[path] = Place(module, "", kind, width_of(model))
+    return found
+
+
+def width_of(model: nn.Module) -> int:
+    """The size of the hidden states."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore[union-attr, operator]
+    return int(config.hidden_size)  # type: ignore[union-attr]
+
+
+def _sublayer_kind(path: str, module: nn.Module) -> Kind | None:
+    name = path.rpartition(".")[2]
+    if hasattr(module, "output") and not isinstance(module, LINEARS):  # BERT's: its own residual and norm
+        return None
+    return "attention" if name in ATTENTIONS else "mlp" if name in MLPS else None
+
+
 def place(model: nn.Module, path: str) -> Place:
     """The place at `path`. Raises: UserError if there is none."""
     parent, _, name = path.rpartition(".")
@@ -121,7 +164,14 @@ def place(model: nn.Module, path: str) -> Place:
             return Place(module, "weight", "embedding")
         if parameter in expert_weights(module):
             return Place(module, parameter, "experts")
-    raise UserError(f"'{path}' is no weight that a delta can sit on.")
+    try:
+        module = model.get_submodule(path)
+        kind = _sublayer_kind(path, module)
+    except AttributeError:
+        kind = None
+    if kind is not None:
+        return Place(module, "", kind, width_of(model))
+    raise UserError(f"'{path}' is no place that a delta can sit on.")
 
 
 def looked_at(W: Tensor, method: str) -> Tensor:

@@ -5,33 +5,17 @@ A class here is abstract; a method's own file holds the final one.
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from deltalab.core.shapes import Float
 from deltalab.core.spec import Spec
 from deltalab.deltas.base import Delta
-from deltalab.quant.linear import Quantising
-
-Kind = Literal["linear", "embedding", "experts"]
-"""Where a delta can sit: on a linear (Conv1D included), on an embedding, on experts held as one 3-D parameter."""
-
-
-class Site(NamedTuple):
-    """One weight that a delta is built for. shape: (out, in), or (experts, out, in). dtype: of the delta's parameters.
-
-    group: inputs that share a scale where the weight is group-quantised.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    kind: Kind
-    dtype: torch.dtype
-    device: torch.device
-    group: int | None = None
+from deltalab.deltas.select import select
+from deltalab.deltas.site import Kind, Site
+from deltalab.quant.base import Quantising
 
 
 class Start(NamedTuple):
@@ -81,6 +65,10 @@ class DeltaSpec(Spec, abc.ABC):
         if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("name at least one preset, module name or pattern")
         return value
+
+    def chosen(self, model: nn.Module) -> list[str]:
+        """The paths that `targets` and `layers` mean in `model`, in model order. Raises: UserError as `select`."""
+        return select(model, self.targets, self.layers).names
 
     @abc.abstractmethod
     def build(self, site: Site) -> Delta:

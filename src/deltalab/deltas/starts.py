@@ -17,8 +17,9 @@ from deltalab.deltas.base import Factors
 from deltalab.deltas.init import Pair, eva, explained, gaussian, loftq, normal, olora, orthogonal, pissa, pissa_fast
 from deltalab.deltas.lowrank import kaiming
 from deltalab.deltas.moments import Moments, moments
+from deltalab.deltas.site import Kind
 from deltalab.deltas.sites import place
-from deltalab.deltas.spec import Kind, Start
+from deltalab.deltas.spec import Start
 
 PARTS = ("pissa", "olora")
 """Starts that are a part of W, so that the change is counted from there."""
@@ -89,7 +90,7 @@ def looked_for(
         elif start.quantising is None or path not in start.quantising:
             raise UserError(
                 f"init='loftq' makes up for the error of quantising, and '{path}' is not being quantised.",
-                next="deltalab.load(name, quantize='int4', adapt=LoRA(init='loftq'))",
+                next="deltalab.load(name, quantize='int4-group', adapt=LoRA(init='loftq'))",
             )
         else:
             yield path, loftq(W, r, s, start.quantising.quantiser.round_trip)[0]
@@ -164,7 +165,7 @@ def _weight(model: nn.Module, path: str, how: str) -> Float[Tensor, "*e out in"]
         return W
     raise UserError(
         f"init='{how}' looks at the weight of '{path}', which is quantised already.",
-        next="quantise while adapting, deltalab.load(name, quantize='int4', adapt=...), or init='kaiming'",
+        next="quantise while adapting, deltalab.load(name, quantize='int4-group', adapt=...), or init='kaiming'",
     )
 
 

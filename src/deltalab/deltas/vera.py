@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from deltalab.core.shapes import Float
 from deltalab.core.spec import build
 from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, through
-from deltalab.deltas.spec import DeltaSpec, Kind, Site
+from deltalab.deltas.site import Kind, Site
+from deltalab.deltas.spec import DeltaSpec
 
 
 class VeRA(DeltaSpec):

@@ -16,7 +16,7 @@ from deltalab.core.shapes import Float, Int
 from deltalab.deltas.attach import attached_to, delta_on
 from deltalab.deltas.base import Delta, WeightDelta, shape_of, wide
 from deltalab.deltas.select import model_name
-from deltalab.deltas.sites import Place, base_modules, place, places
+from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, place, places
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec
 
 STATE = "_deltalab"
@@ -166,9 +166,12 @@ def _place(model: nn.Module, path: str) -> Place:
     """The weight at `path`, whether a delta can sit on it or not."""
     name = path.removesuffix(".weight")
     try:
-        return place(model, name)
+        held = place(model, name)
+        if held.kind not in SUBLAYERS:
+            return held
     except UserError:
-        modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
+        pass
+    modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
     if name not in modules:
         raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, [*modules, *places(model)]),
                         next=f"see every name: deltalab targets {model_name(model)}")  # fmt: skip

@@ -47,7 +47,7 @@ def load(
     dtype: None is float32, in which measures are defined; "auto" is the file's own.
     head: what sits on the model's body, see `deltalab.models.heads`: CausalLM, SequenceClassification, …; None is what its
     config says.
-    quantize: `int4` or `int8`: the linears of the blocks become codes in groups of `group_size` inputs, see
+    quantize: `int4-group` or `int8`: the linears of the blocks become codes in groups of `group_size` inputs, see
     `deltalab.quant.groups`; None for groups of 32 or the next smaller size that fits.
     adapt: what to put on it at once, see `deltalab.adapt`, with its seed and calibration. Where it is quantised too, a
     start looks at the weights before, and LoftQ's at what quantising does to them.
@@ -58,7 +58,9 @@ def load(
     name = str(name)
     wanted, how = _dtype(dtype), None if quantize is None else quantiser(quantize, group_size)
     if how is None and group_size is not None:
-        raise UserError("group_size says how to quantise, and nothing is quantised.", next="quantize='int4' or 'int8'")
+        raise UserError(
+            "group_size says how to quantise, and nothing is quantised.", next="quantize='int4-group' or 'int8'"
+        )
     source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _told(name), _quiet():

@@ -1,22 +1,23 @@
-"""A linear whose weight is kept as codes, and what makes one."""
+"""A linear whose weight is kept as codes in groups, and what makes one; and the names of every way to quantise."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, UInt8
+from deltalab.quant.base import QuantisedLinear, Quantiser
 from deltalab.quant.groups import default_group, dequantise, pack, quantise, require_group, unpack
 
-Quantisation = Literal["int4", "int8"]
-BITS = {"int4": 4, "int8": 8}
+Quantisation = Literal["int4-group", "int8"]
+BITS = {"int4-group": 4, "int8": 8}
 
 
-class GroupLinear(nn.Module):
+class GroupLinear(QuantisedLinear):
     """y = Ŵ x + b with Ŵ group-quantised, see `deltalab.quant.groups`. Ŵ is made anew in each pass, backward included,
     and never kept.
 
@@ -25,6 +26,7 @@ class GroupLinear(nn.Module):
     """
 
     codes: UInt8[Tensor, "out bytes"]
+    group_size: int
     scale: Float[Tensor, "out groups"]
     offset: Float[Tensor, "out groups"]
 
@@ -60,12 +62,8 @@ class GroupLinear(nn.Module):
         self.offset = self.offset + parts[..., 0].to(self.offset.dtype)
         return True
 
-    def plain(self, W: Float[Tensor, "out in"]) -> nn.Linear:
-        """A linear with the weight W, in this one's dtype, and this one's bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(W.to(self.dtype).contiguous(), requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+    def requantised(self, W: Float[Tensor, "out in"]) -> "GroupLinear":
+        return GroupLinear(W, self.bias, self.bits, self.group_size, self.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -124,68 +122,28 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_bias, None, None, None, None, None
 
 
-class Quantiser(NamedTuple):
-    """How linears are quantised.
-
-    group_size: of each; None for the largest at most 32 that makes two equal groups or more of its inputs.
-    """
+@dataclass(frozen=True)
+class GroupQuantiser(Quantiser):
+    """Groups of `group_size` inputs; None for the largest at most 32 that makes two equal groups or more of a row."""
 
     bits: int
     group_size: int | None = None
 
     def group(self, in_features: int) -> int:
-        """The group size for so many inputs. Raises: UserError if there is none."""
         if self.group_size is None:
             return default_group(in_features)
         require_group(in_features, self.group_size)
         return self.group_size
 
     def round_trip(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Ŵ, in fp32 or wider."""
         return dequantise(*quantise(W, self.bits, self.group(W.shape[1])))
 
     def linear(self, W: Float[Tensor, "out in"], bias: nn.Parameter | None, dtype: torch.dtype) -> GroupLinear:
-        """The linear that takes the place of one with this weight and bias."""
         return GroupLinear(W, bias, self.bits, self.group(W.shape[1]), dtype)
 
 
-class Quantising:
-    """Linears that are about to be quantised, by path. A start of a delta may say from what, see `quantise`."""
-
-    def __init__(self, quantiser: Quantiser, linears: Mapping[str, nn.Module]) -> None:
-        self.quantiser, self.linears = quantiser, linears
-        self._made: dict[str, GroupLinear] = {}
-
-    def __contains__(self, path: str) -> bool:
-        return path in self.linears
-
-    def group(self, path: str) -> int | None:
-        """The group size at `path`, None where nothing is quantised. Raises: UserError if there is none that fits."""
-        return self.quantiser.group(self._weight(path).shape[1]) if path in self else None
-
-    @property
-    def told(self) -> list[str]:
-        """The paths that are quantised from what a start said."""
-        return list(self._made)
-
-    def quantise(self, path: str, W: Float[Tensor, "out in"]) -> None:
-        """Quantise W in place of the weight that was loaded: what a start moved out of it is in its delta."""
-        linear: Any = self.linears[path]
-        self._made[path] = self.quantiser.linear(W, linear.bias, linear.weight.dtype)
-
-    def pop(self, path: str) -> GroupLinear:
-        """What takes the linear's place."""
-        if path not in self._made:
-            self.quantise(path, self._weight(path))
-        return self._made.pop(path).train(self.linears[path].training)
-
-    def _weight(self, path: str) -> Tensor:
-        linear: Any = self.linears[path]
-        return linear.weight.mT if isinstance(linear, Conv1D) else linear.weight
-
-
 def quantiser(name: str, group_size: int | None = None) -> Quantiser:
-    """`int4` or `int8`. Raises: UserError for another name."""
+    """`int4-group` or `int8`. Raises: UserError for another name."""
     if name not in BITS:
         raise UserError(f"'{name}' is no quantisation.", nearest=nearest(name, BITS) or list(BITS))
-    return Quantiser(BITS[name], group_size)
+    return GroupQuantiser(BITS[name], group_size)
