@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltalab.core.errors import UserError, nearest
+from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float, UInt8
 from deltalab.quant.base import QuantisedLinear, Quantiser
 from deltalab.quant.groups import default_group, dequantise, pack, quantise, require_group, unpack
@@ -145,5 +145,5 @@ class GroupQuantiser(Quantiser):
 def quantiser(name: str, group_size: int | None = None) -> Quantiser:
     """`int4-group` or `int8`. Raises: UserError for another name."""
     if name not in BITS:
-        raise UserError(f"'{name}' is no quantisation.", nearest=nearest(name, BITS) or list(BITS))
+        raise UserError(f"'{name}' is no quantisation.", nearest=list(BITS))
     return GroupQuantiser(BITS[name], group_size)
