@@ -3,10 +3,19 @@
 import pytest
 import scipy.stats
 import torch
+import transformers
 
 import deltalab as dl
 from deltalab.deltas.adapt import attached
-from deltalab.models.generate import Generation, _Sample, first_token_logprobs, generate, stop_tokens
+from deltalab.models.generate import (
+    Generation,
+    _Sample,
+    _Stream,
+    first_token_logprobs,
+    generate,
+    in_nucleus,
+    stop_tokens,
+)
 from tests.deltas.perturb import perturbed
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_gpt2, tiny_llama
 
@@ -66,6 +75,50 @@ def test_samples_follow_the_distribution():
     assert scipy.stats.chisquare(drawn.bincount(minlength=12), want).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999])
+def test_the_nucleus_is_that_of_transformers(top_p):
+    scores = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)) * 2
+    theirs = transformers.TopPLogitsWarper(top_p)(torch.zeros(50, 1, dtype=torch.long), scores).isfinite()
+    assert torch.equal(in_nucleus(scores, top_p), theirs)
+
+
+def test_samples_of_a_nucleus_follow_its_distribution():
+    logits, count, top_p = torch.linspace(-2, 2, 12), 20_000, 0.6
+    probabilities = logits.double().softmax(-1)
+    inside = (probabilities.flip(0).cumsum(0) - probabilities.flip(0) < top_p).flip(0)  # they are sorted already
+    drawn = _Sample(range(count), 1.0, top_p)(torch.zeros(count, 1, dtype=torch.long), logits.expand(count, -1))
+    counts = drawn.argmax(-1).bincount(minlength=12)
+    assert 1 < int(inside.sum()) < 12
+    assert int(counts[~inside].sum()) == 0
+    want = probabilities[inside] / probabilities[inside].sum() * count
+    assert scipy.stats.chisquare(counts[inside], want).pvalue > 1e-3
+
+
+def test_a_reply_is_told_as_it_comes():
+    model, tokenizer, pieces = tiny_llama(), byte_tokenizer(), []
+    for options in ({}, {"temperature": 1.0, "seed": 4}):
+        pieces.clear()
+        (reply,) = generate(model, tokenizer, ["hi"], max_new_tokens=30, on_text=pieces.append, **options)
+        assert [reply] == generate(model, tokenizer, ["hi"], max_new_tokens=30, **options)
+        assert "".join(pieces) == reply.text
+        assert len(pieces) > 5
+    with pytest.raises(dl.UserError, match="one prompt"):
+        generate(model, tokenizer, ["hi", "ho"], on_text=pieces.append)
+
+
+def test_what_is_told_is_whole_characters_and_ends_before_the_stop():
+    """The bytes of 'é', of '漢' and a stop, in tokens of one byte each."""
+    tokenizer, told = byte_tokenizer(), []
+    stream = _Stream(tokenizer, [3], told.append)
+    stream.put(torch.tensor([[7, 8, 9]]))  # the prompt
+    for token in tokenizer("aé漢")["input_ids"]:
+        stream.put(torch.tensor([token]))
+    stream.put(torch.tensor([3]))
+    stream.put(torch.tensor(tokenizer("x")["input_ids"]))
+    stream.end()
+    assert told == ["a", "é", "漢"]
+
+
 def test_several_end_tokens():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     _, ids = by_hand(model, "hi", 6, tokens=True)
@@ -115,7 +168,9 @@ def test_prompts_that_fill_the_context():
         first_token_logprobs(model, tokenizer, ["y" * 40])
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_arguments_out_of_range(options):
     with pytest.raises(dl.UserError, match="cannot generate"):
         generate(tiny_llama(), byte_tokenizer(), ["hi"], **options)

@@ -5,6 +5,7 @@ padding is masked, the room for its reply is its own, and sampling draws from a 
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 from deltalab.core.errors import UserError
-from deltalab.core.shapes import Float
+from deltalab.core.shapes import Bool, Float
 from deltalab.data.template import ChatTemplate
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -48,27 +50,33 @@ class _Row:
 def generate(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
     max_new_tokens: int = 64, batch_size: int = 32, system: str | None = None, template: bool = True,
-    temperature: float = 0.0, seed: int = 0, too_long: TooLong = "error", on_progress: Callable[[int, int], None] | None = None,
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, too_long: TooLong = "error",
+    on_progress: Callable[[int, int], None] | None = None, on_text: Callable[[str], None] | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Replies to prompts, in their order.
 
     prompts: a user's message each, or a list of messages. template: render with the tokenizer's chat template (a plain
-    `User: …` where it has none); otherwise the prompt is continued as it is. temperature: 0 is greedy. seed: of the
+    `User: …` where it has none); otherwise the prompt is continued as it is. temperature: 0 is greedy. top_p: samples
+    come from the most probable tokens whose probabilities add up to it (arXiv:1904.09751). seed: of the
     samples; the same prompt given twice gets two samples. too_long: for a prompt that leaves no room in the context:
     an error, or `cut` its beginning off (marked in the result). A reply ends at the context's end.
-    on_progress(done, total) is called after each batch.
+    on_progress(done, total) is called after each batch; on_text(piece), for a single prompt, as its reply comes: the
+    pieces together are its text.
     Raises: UserError for a prompt that is too long or empty, or an argument out of range.
     """
-    if max_new_tokens < 1 or batch_size < 1 or temperature < 0:
-        raise UserError(f"cannot generate with max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}.",
-                        next="the first two are at least 1, the temperature at least 0")  # fmt: skip
+    if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(f"cannot generate with max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}, top_p={top_p}.",
+                        next="the first two are at least 1, the temperature at least 0, top_p above 0 and at most 1")  # fmt: skip
+    if on_text is not None and len(prompts) != 1:
+        raise UserError("on_text follows the reply to one prompt.", found=f"{len(prompts)} prompts")
     texts = [_text(tokenizer, prompt, system, template) for prompt in prompts]
     rows = _rows(model, tokenizer, texts, template, max_new_tokens, seed, too_long)
     results: dict[int, Generation] = {}
     stops = stop_tokens(model, tokenizer)
     with _ready(model):
         for batch in _batches(rows, batch_size):
-            replies = _reply(model, tokenizer, batch, temperature, stops)
+            stream = None if on_text is None else _Stream(tokenizer, stops, on_text)
+            replies = _reply(model, tokenizer, batch, (temperature, top_p), stops, stream)
             for row, reply in zip(batch, replies, strict=True):
                 end = next((i for i, token in enumerate(reply) if token in stops), None)
                 body = reply if end is None else reply[:end]
@@ -117,23 +125,65 @@ class _Sample(transformers.LogitsProcessor):
     The argmax of log p / T + Gumbel noise is distributed as softmax(log p / T), so greedy decoding samples.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float = 1.0) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.temperature = temperature
+        self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
         noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-        return scores / self.temperature + noise.to(scores.device, scores.dtype)
+        scores = scores / self.temperature
+        if self.top_p < 1:
+            scores = scores.masked_fill(~in_nucleus(scores, self.top_p), -math.inf)
+        return scores + noise.to(scores.device, scores.dtype)
+
+
+def in_nucleus(scores: Float[Tensor, "batch vocab"], top_p: float) -> Bool[Tensor, "batch vocab"]:
+    """The fewest tokens, most probable first, whose probabilities add up to `top_p` or more; at least one."""
+    ordered, order = scores.float().softmax(-1).sort(stable=True, dim=-1, descending=True)
+    inside = ordered.cumsum(-1) - ordered < top_p  # what comes before a token does not reach it yet
+    return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+class _Stream(BaseStreamer):
+    """Hands on the text of a reply while it grows: only what later tokens cannot change, and nothing from a stop on."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stops: list[int], say: Callable[[str], None]) -> None:  # fmt: skip
+        self.tokenizer, self.stops, self.say = tokenizer, stops, say
+        self.ids: list[int] = []
+        self.said, self.begun, self.ended = "", False, False
+
+    def put(self, value: Tensor) -> None:
+        if not self.begun:  # the prompt comes first
+            self.begun = True
+            return
+        new = value.flatten().tolist()
+        end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
+        if not self.ended:
+            self.ids += new[:end]
+            self.ended = end < len(new)
+            text = self._text()
+            self._hand_on(text[: len(text.rstrip("\ufffd"))])  # a character may lack bytes that are still to come
+
+    def end(self) -> None:
+        self._hand_on(self._text())
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _hand_on(self, text: str) -> None:
+        if text.startswith(self.said) and text != self.said:
+            piece, self.said = text[len(self.said) :], text
+            self.say(piece)
 
 
 def _reply(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, batch: Sequence[_Row],
-    temperature: float, stops: list[int],
+    sampling: tuple[float, float], stops: list[int], stream: _Stream | None,
 ) -> list[list[int]]:  # fmt: skip
-    """The new tokens of each row, stop token included."""
+    """The new tokens of each row, stop token included. sampling: temperature and top_p."""
     ids, attention = _pad_left(batch, tokenizer.pad_token_id or 0, model.device)
-    sample = [_Sample([row.seed for row in batch], temperature)] if temperature > 0 else []
+    sample = [_Sample([row.seed for row in batch], *sampling)] if sampling[0] > 0 else []
     config = transformers.GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, max_new_tokens=max(row.room for row in batch),
         eos_token_id=stops or None, pad_token_id=tokenizer.pad_token_id or 0, bos_token_id=tokenizer.bos_token_id)  # fmt: skip
@@ -142,6 +192,7 @@ def _reply(
         attention_mask=attention,
         generation_config=config,
         logits_processor=transformers.LogitsProcessorList(sample),
+        streamer=stream,
     )
     new = out[:, ids.shape[1] :].tolist()
     replies = []
