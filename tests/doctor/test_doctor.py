@@ -75,7 +75,7 @@ def test_an_inexact_method_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         plain.lm_head.weight.data *= 1.001
         return plain
 
-    monkeypatch.setattr("deltalab.deltas.adapt.merged", off)
+    monkeypatch.setattr("deltalab.deltas.merge.merged", off)
     failed = [check for check in doctor.tested() if check.ok is False and check.name in deltalab.deltas.METHODS]
     assert [check.name for check in failed] == list(deltalab.deltas.METHODS)
     assert "logits of the merged and of the adapted model differ by 0.001" in failed[0].detail

@@ -9,7 +9,7 @@ import torch
 from deltalab.core.errors import UserError
 from deltalab.core.spec import build
 from deltalab.data.chat import encode_all
-from deltalab.deltas.adapt import merged
+from deltalab.deltas.merge import merged
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.models.load import load
 from deltalab.safety.dynamics import summary

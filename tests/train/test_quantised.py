@@ -9,7 +9,8 @@ import torch
 from deltalab.core.errors import UserError
 from deltalab.core.records import read_record
 from deltalab.core.spec import build
-from deltalab.deltas.adapt import attached, merged, unload
+from deltalab.deltas.adapt import attached, unload
+from deltalab.deltas.merge import merged
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.models.load import load, model_digest
 from deltalab.quant.linear import GroupLinear

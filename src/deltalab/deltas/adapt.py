@@ -6,7 +6,6 @@ take, in their dtype): `disabled`, `unload` and ΔW = W − W₀ are exact throu
 """
 
 import contextlib
-import copy
 import hashlib
 import math
 from collections import Counter
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
-from deltalab.deltas.attach import attach, detach
+from deltalab.deltas.attach import attach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name
-from deltalab.deltas.sites import Place, base_parameters, linears, place
+from deltalab.deltas.sites import base_parameters, linears, place
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec, Start
-from deltalab.deltas.switch import adapters, drop, forget, ignore_on_save, park, set_active, unload
+from deltalab.deltas.switch import adapters, drop, ignore_on_save, park, set_active, unload
 from deltalab.deltas.weights import (
     STATE,
     Adaptation,
@@ -40,10 +39,9 @@ from deltalab.deltas.weights import (
     is_adapted,
     merged_weight,
 )
-from deltalab.quant.base import QuantisedLinear
 
 __all__ = ["Trainable", "adapt", "adaptation", "adapters", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
-           "disabled", "is_adapted", "merged", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
+           "disabled", "is_adapted", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
 
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -192,7 +190,7 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
         if fresh is not None and fresh.quantising is not None:
             site = site._replace(group=fresh.quantising.group(path))
         deltas[path] = spec.build(site)
-        if where.kind == "experts":
+        if where.kind == "experts" and isinstance(deltas[path], WeightDelta):
             _refuse_dropout(path, deltas[path])
         deltas[path].init(_generator(fresh.seed if fresh else 0, path))
     group.spec.join(deltas)
@@ -203,7 +201,7 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
 
 
 def _refuse_dropout(path: str, delta: Delta) -> None:
-    """Experts are shown weights, so their deltas see no input."""
+    """Experts are shown adapted weights, so such a delta sees no input."""
     for module in delta.modules():
         if isinstance(module, nn.Dropout) and module.p:
             raise UserError(
@@ -232,59 +230,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             delta.enabled = was
         for name, parameter in trained.items():
             parameter.data = values[name]
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A plain model that computes what the adapted one does, apart from rounding each merged weight to its dtype.
-
-    It shares the memory of every tensor that no delta touched; the adapted model stays as it is. A group-quantised
-    linear stays one, with the same codes and scales, where the change goes into its offsets (QA-LoRA); else it becomes
-    a plain linear with the merged weight, which is not quantised again.
-    Raises: UserError if a delta depends on the input and so has no adapted weight, or a linear is quantised otherwise.
-    """
-    state = adaptation(model)
-    deltas = attached(model)
-    for path, delta in deltas.items():
-        if not isinstance(delta, WeightDelta):
-            raise UserError(f"the delta on '{path}' depends on the input, so it has no merged weight.", found=type(delta).__name__,
-                            next="save it with deltalab.save_adapter")  # fmt: skip
-    memo: dict[int, Any] = {id(delta): None for delta in deltas.values()} | {id(state): None}
-    for name, parameter in model.named_parameters():
-        if ".delta." not in name:
-            value = parameter.detach()
-            memo[id(parameter)] = nn.Parameter(
-                value.clone() if name in state.start else value,
-                requires_grad=state.was_trainable.get(name, parameter.requires_grad),
-            )
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    plain = copy.deepcopy(model, memo)
-    if "_hf_hook" not in plain.__dict__:  # a trainer's own forward, of which a copy still runs the adapted model
-        plain.__dict__.pop("forward", None)
-    for module in {id(m): m for m in (place(plain, path).module for path in deltas)}.values():
-        detach(module)
-    for path in deltas:
-        where = place(plain, path)
-        if isinstance(where.module, QuantisedLinear):
-            if not where.module.absorb(delta_weight(model, path)):
-                plain.set_submodule(path, where.module.plain(merged_weight(model, path)))
-            continue
-        value = where.oriented(merged_weight(model, path)).to(where.dtype)
-        where.module.register_parameter(
-            where.name, nn.Parameter(value.contiguous(), requires_grad=where.parameter.requires_grad)
-        )
-    for path, delta in deltas.items():
-        _merge_bias(place(plain, path), delta)
-    forget(plain, state)
-    return plain
-
-
-@torch.no_grad()
-def _merge_bias(where: Place, delta: Delta) -> None:
-    bias = where.module._parameters.get("bias") if where.kind == "linear" else None
-    if bias is not None and isinstance(delta, WeightDelta):
-        changed = delta.adapted_bias(bias)
-        if changed is not bias:
-            where.module.register_parameter("bias", nn.Parameter(changed, requires_grad=bias.requires_grad))
 
 
 def trainable(model: nn.Module) -> Trainable:

@@ -10,7 +10,7 @@ have one leading dimension more, the expert; only `change` is asked there, so wr
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,14 @@ class Base:
     """The module under a delta, as it was loaded: called, its own forward.
 
     Of a linear W is the weight, (out, in), and bias (out,) or None. Of a sub-layer x and the result are its hidden states,
-    (batch, seq, hidden); the other arguments stay what they are, other results are passed on.
+    (batch, seq, hidden); the other arguments stay what they are, other results are passed on. Of a stack of experts x holds
+    the tokens sorted by expert, (tokens, in), and rows says how many went to each; None elsewhere.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], linear: nn.Module) -> None:
-        self.forward, self.linear = forward, linear
+    def __init__(
+        self, forward: Callable[[Tensor], Tensor], linear: nn.Module, rows: Sequence[int] | None = None
+    ) -> None:
+        self.forward, self.linear, self.rows = forward, linear, rows
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
@@ -75,6 +78,9 @@ class Delta(nn.Module, abc.ABC):
     def measures(self) -> dict[str, float]:
         """What can be told of the delta as it is, by name: gates, the use of experts, what its last forward did."""
         return {}
+
+    def gather(self, on: bool) -> None:
+        """From now on `measures` tells of all forwards together (on), or again of the last one alone."""
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Groups for a torch optimizer; a method with several learning rates splits them here."""
@@ -132,6 +138,10 @@ class WeightDelta(Delta):
     def factors(self) -> Factors | None:
         """The low-rank form of ΔW before `keep`, or None where it has none. Of experts: of each, stacked."""
         return None
+
+    def hold(self, factors: Factors) -> None:
+        """Become the change s · B A that is given; of a method whose spec says `factored`."""
+        raise NotImplementedError
 
     def entries(self, index: Int[Tensor, " k"], W: Tensor) -> Float[Tensor, " k"]:
         """ΔW at flat positions row · in + column (plus expert · out · in); O(k · r) where `factors` allow."""

@@ -90,6 +90,15 @@ class LoRA(LowRankSpec):
         biases = [name for name, _ in model.named_parameters() if leaf(name) == "bias"] if self.bias != "none" else []
         return [name for name in biases if self.bias == "all" or name in own]
 
+    @classmethod
+    def factored(cls, ranks: Mapping[str, int]) -> Self:
+        """α = r, so that s = 1."""
+        r = max(ranks.values())
+        own = {path: rank for path, rank in ranks.items() if rank != r}
+        alphas = {path: float(rank) for path, rank in own.items()}
+        fields = {"r": r, "alpha": r, "targets": list(ranks), "rank_pattern": own, "alpha_pattern": alphas}
+        return cls.model_validate(fields)
+
     @property
     def calibrates(self) -> bool:
         return self.init == "eva"
@@ -191,6 +200,9 @@ class LoRADelta(WeightDelta):
         if self.A0 is None or self.B0 is None:
             return Factors(self.A, self.B, self.s)
         return Factors(torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1), self.s)
+
+    def hold(self, factors: Factors) -> None:
+        self.start_at(Pair(factors.A, factors.B * (factors.s / self.s)))
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": [self.A], "lr": lr}, {"params": [self.B], "lr": lr * self.lr_ratio}]

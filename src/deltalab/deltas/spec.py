@@ -74,6 +74,11 @@ class DeltaSpec(Spec, abc.ABC):
     def build(self, site: Site) -> Delta:
         """The module for one site; its parameters are set by `init` afterwards. On the meta device: shapes alone."""
 
+    @classmethod
+    def factored(cls, ranks: Mapping[str, int]) -> Self | None:
+        """The spec of deltas that are ΔW = B A of these ranks, by path, and that `hold` any; None where a method is not that."""
+        return None
+
     def each(self, paths: Sequence[str]) -> dict[str, Self]:
         """Module path -> the spec for that module alone, where a field says different things to different modules.
 

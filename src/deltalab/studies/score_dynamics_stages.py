@@ -7,7 +7,7 @@ from torch import nn
 
 from deltalab.core.files import remove
 from deltalab.core.records import write_record
-from deltalab.deltas.adapt import merged
+from deltalab.deltas.merge import merged
 from deltalab.deltas.peft_format import load_adapter
 from deltalab.safety.bins import bins_of
 from deltalab.safety.dynamics import summary

@@ -20,7 +20,8 @@ from deltalab.core.stats import Floats
 from deltalab.data.chat import Encoded, encode_all
 from deltalab.data.tasks import BenignTask, RefusalsTask, SkillsTask
 from deltalab.deltas import any_spec
-from deltalab.deltas.adapt import adapt, base_weight, delta_weight, merged
+from deltalab.deltas.adapt import adapt, base_weight, delta_weight
+from deltalab.deltas.merge import merged
 from deltalab.deltas.peft_format import load_adapter, save_adapter
 from deltalab.deltas.select import scored_linears
 from deltalab.measure.drift import measured
