@@ -16,6 +16,7 @@ _PUBLIC = {
     "deltalab.core.errors": ["UserError"],
     "deltalab.models.load": ["load"],
     "deltalab.models.generate": ["generate"],
+    "deltalab.models.bank": ["AdapterBank"],
     "deltalab.deltas": [*METHODS, "Train"],
     "deltalab.deltas.adapt": [
         "adapt",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "deltalab.deltas.measures": ["measures", "gathered"],
     "deltalab.deltas.peft_format": ["save_adapter", "load_adapter"],
     "deltalab.deltas.select": ["select"],
+    "deltalab.measure.merging": ["merge_price"],
     "deltalab.train": ["train"],
     "deltalab.train.callback": ["TrainerCallback"],
 }

@@ -20,7 +20,7 @@ from deltalab.deltas.base import WeightDelta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import PREFIX, SHARED, other_vocabulary
 from deltalab.deltas.select import model_name
-from deltalab.deltas.sites import place, places
+from deltalab.deltas.sites import place, places, sublayers
 from deltalab.deltas.spec import ParameterSpec
 from deltalab.deltas.switch import adapters, drop
 from deltalab.deltas.weights import Group, Planned, adaptation, grouped, is_adapted, mark_of
@@ -88,7 +88,7 @@ def load_own(
     what = f"adapter '{folder}'"
     if config.get("format") != FORMAT:
         raise UserError(f"{what} has format {config.get('format')!r}.", found=f"this version reads {FORMAT}")
-    known, there = methods(), places(model)
+    known, there = methods(), {**places(model), **sublayers(model)}
     groups: list[Group] = []
     entries = config.get("deltas", [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) and {"spec", "paths"} <= e.keys() for e in entries):
@@ -116,7 +116,7 @@ def load_own(
     other_vocabulary(model, trained, what)
     masks: list[ParameterSpec] = [build(Train, mask) for mask in config.get("train", [])]
     prepared = config.get("base", {})
-    _require_prepared(model, prepared, what)
+    require_prepared(model, prepared, what)
     active = adapters(model)[:1]
     start(model, Planned(groups, masks, set(config.get("own", []))), adapter=adapter)
     try:
@@ -133,7 +133,7 @@ def load_own(
     return model
 
 
-def _require_prepared(model: nn.Module, marks: Mapping[str, float], what: str) -> None:
+def require_prepared(model: nn.Module, marks: Mapping[str, float], what: str) -> None:
     """Raises: UserError unless the base weights that a start took part of are what it left."""
     for path, mark in marks.items():
         W = place(model, path).W.detach()

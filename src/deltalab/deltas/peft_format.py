@@ -36,9 +36,9 @@ from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
 from deltalab.deltas.switch import adapters, drop
-from deltalab.deltas.weights import adaptation, attached, grouped, is_adapted
+from deltalab.deltas.weights import Planned, adaptation, attached, grouped, is_adapted
 
-__all__ = ["load_adapter", "load_trained_state", "save_adapter", "trained_state", "write_adapter"]
+__all__ = ["load_adapter", "load_trained_state", "save_adapter", "trained_by", "trained_state", "write_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -94,9 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     what = f"adapter '{folder}'"
     plan = peft_plan(model, config)
     targets = [path for group in plan.groups for path in group.paths]
-    own = {PREFIX + key: name for key, name in own_keys(model, config, targets).items()}
-    tensors, beside = of_the_base(model, tensors, own, targets)
-    own |= beside
+    tensors, own, beside = _own_of(model, config, tensors, plan)
     other_vocabulary(model, {name: tensors[key] for key, name in own.items() if key in tensors}, what)
     parameters = dict(model.named_parameters())
     expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
@@ -137,6 +135,28 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     return model
 
 
+def trained_by(model: nn.Module, folder: str | Path) -> list[str]:
+    """Names of the model's own parameters that the adapter in `folder` trains beside its deltas; `model` is only read.
+
+    Raises: UserError as `load_adapter`, for a file that cannot be read or does not fit.
+    """
+    config, tensors = _read(Path(folder))
+    if config.get("peft_type") == OWN_TYPE:
+        return list(config.get("own", []))
+    plan = peft_plan(model, config)
+    return sorted({*plan.names, *_own_of(model, config, tensors, plan)[1].values()})
+
+
+def _own_of(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], plan: Planned
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """The file's tensors without those of the base, the model's own among them (key -> name), and those beside the plan."""
+    targets = [path for group in plan.groups for path in group.paths]
+    own = {PREFIX + key: name for key, name in own_keys(model, config, targets).items()}
+    tensors, beside = of_the_base(model, tensors, own, targets)
+    return tensors, own | beside, beside
+
+
 def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Config and tensors as peft writes them; None if peft's format cannot say what the model does."""
     state, deltas = adaptation(model), attached(model)
@@ -145,6 +165,8 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
     if state.prepared or len(kinds) != 1 or any(delta.keep is not None for delta in deltas.values()):
         return None
     kind = kinds.pop()
+    if state.start and "modules_to_save" in kind.peft_lacks:
+        return None
     if kind.peft_type is None or any(place(model, path).kind not in kind.peft_on for path in plan):
         return None
     common = kind.common_peft({path: spec.to_peft() for path, spec in plan.items()}, deltas)

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ def generate(
     max_new_tokens: int = 64, batch_size: int = 32, system: str | None = None, template: bool = True,
     temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, too_long: TooLong = "error",
     on_progress: Callable[[int, int], None] | None = None, on_text: Callable[[str], None] | None = None,
+    around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Replies to prompts, in their order.
 
@@ -61,7 +62,7 @@ def generate(
     samples; the same prompt given twice gets two samples. too_long: for a prompt that leaves no room in the context:
     an error, or `cut` its beginning off (marked in the result). A reply ends at the context's end.
     on_progress(done, total) is called after each batch; on_text(piece), for a single prompt, as its reply comes: the
-    pieces together are its text.
+    pieces together are its text. around(indices), of the prompts of a batch, is a context that the batch runs in.
     Raises: UserError for a prompt that is too long or empty, or an argument out of range.
     """
     if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
@@ -76,7 +77,8 @@ def generate(
     with _ready(model):
         for batch in _batches(rows, batch_size):
             stream = None if on_text is None else _Stream(tokenizer, stops, on_text)
-            replies = _reply(model, tokenizer, batch, (temperature, top_p), stops, stream)
+            with nullcontext() if around is None else around([row.index for row in batch]):
+                replies = _reply(model, tokenizer, batch, (temperature, top_p), stops, stream)
             for row, reply in zip(batch, replies, strict=True):
                 end = next((i for i, token in enumerate(reply) if token in stops), None)
                 body = reply if end is None else reply[:end]
