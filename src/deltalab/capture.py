@@ -5,6 +5,7 @@ whatever ended it.
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,12 +43,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
+_UNSEEN = contextvars.ContextVar("unseen", default=False)
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Inside, `inputs` takes nothing: what modules are given here are no tokens of the batch."""
+    before = _UNSEEN.set(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.reset(before)
+
+
 @contextlib.contextmanager
 def inputs(modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, `take(path, x)` at each call of a module; x is its input as it came, (..., in), detached."""
 
     def watch(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        take(path, _input(path, args).detach())
+        if not _UNSEEN.get():
+            take(path, _input(path, args).detach())
 
     with contextlib.ExitStack() as stack:
         for path, module in modules.items():

@@ -47,7 +47,7 @@ class AdaptedSublayer(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.delta.enabled:
             return super(Adapted, self).forward(*args, **kwargs)
-        own = super(Adapted, self).forward
+        own = self.delta.within(super(Adapted, self).forward)
         beside: list[Any] = []
 
         def base(x: Tensor) -> Tensor:

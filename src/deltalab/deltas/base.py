@@ -71,6 +71,10 @@ class Delta(nn.Module, abc.ABC):
     def init(self, generator: torch.Generator) -> None:
         """Set the parameters to a start at which the model computes what it computed before."""
 
+    def within(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A sub-layer's own forward as `base` runs it: itself, unless the method changes what happens inside."""
+        return forward
+
     def constant(self, value: Tensor) -> Tensor:
         """A value that the backward takes for one by a method's paper; a hook, so that finite differences can as well."""
         return value.detach()

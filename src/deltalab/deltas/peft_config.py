@@ -15,7 +15,7 @@ from deltalab.deltas import methods
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import own_keys, saved_names
 from deltalab.deltas.select import layer_numbers, leaf, model_name, select
-from deltalab.deltas.sites import Place, base_modules, base_parameters, places
+from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, base_parameters, places
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.weights import Group, Planned
 
@@ -94,6 +94,9 @@ def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpe
 
     Raises: UserError if nothing matches, one name of a list does not, or what matches is no place for a delta.
     """
+    own = method.peft_paths(model, config)
+    if own is not None:
+        return own
     places_ = places(model)
     there = [path for path, where in places_.items() if where.kind != "experts"]
     wanted = config.get("target_modules")
@@ -137,6 +140,8 @@ def peft_where(
 
     part: what the config says already. None where there are no such keys.
     """
+    if method.peft_on.intersection(SUBLAYERS):
+        return method.peft_place(model, paths)
     there = places(model)
     stacked = {path for path in paths if there[path].kind == "experts"}
     plain = [path for path in paths if path not in stacked]

@@ -151,6 +151,22 @@ class DeltaSpec(Spec, abc.ABC):
         """The spec of a peft config whose targets are `paths`. Raises: UserError naming what is not supported."""
         raise NotImplementedError
 
+    @classmethod
+    def peft_paths(cls, model: nn.Module, config: dict[str, Any]) -> list[str] | None:
+        """The paths that a peft config of this method means, where peft has words of its own for them; else None.
+
+        Raises: UserError if they are not there.
+        """
+        return None
+
+    @classmethod
+    def peft_place(cls, model: nn.Module, paths: list[str]) -> dict[str, Any] | None:
+        """`peft_paths` the other way: the keys of a config; None where there are no such keys.
+
+        Asked of a method that peft puts round sub-layers.
+        """
+        return None
+
     def shared_to_peft(self, deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
         """Tensors of the file that belong to no single module, by their key after `base_model.`."""
         return {}
