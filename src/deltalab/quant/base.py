@@ -1,21 +1,34 @@
 """What every quantised linear and every way to make one has; a way's own file holds the final classes."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Float
 
 
+class Kept(Protocol):
+    """What is kept in place of a weight: a NamedTuple of tensors and plain values, and how they read."""
+
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Ŵ."""
+
+
 class QuantisedLinear(nn.Module, abc.ABC):
-    """y = Ŵ x + b, with the weight kept as codes: what a linear is to a delta, whose `weight` reads as Ŵ, made anew.
+    """y = Ŵ x + b, with the weight kept as codes: what a linear is to a delta, whose `weight` reads as Ŵ, made anew in
+    each pass, backward included, and never kept.
 
     codes: a buffer, what is kept in place of the weight. in_features, out_features: of Ŵ. bias: (out,), a parameter, or None. dtype: of `weight`, that of the model.
     group_size: inputs of a row that share a scale; None where the codes have no such groups.
+    scales: names of the buffers that keep their precision, whatever the module is cast to.
     """
+
+    scales: ClassVar[tuple[str, ...]]
 
     codes: Tensor
     in_features: int
@@ -24,10 +37,23 @@ class QuantisedLinear(nn.Module, abc.ABC):
     dtype: torch.dtype
     group_size: int | None = None
 
-    @property
     @abc.abstractmethod
+    def kept(self) -> Kept:
+        """What Ŵ is made of."""
+
+    @property
     def weight(self) -> Float[Tensor, "out in"]:
         """Ŵ in `dtype`, made anew at each call."""
+        return self.kept().weight(self.dtype)
+
+    def forward(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
+        kept: Any = self.kept()
+        y: Tensor = _Product.apply(x, self.bias, type(kept), *kept)  # type: ignore[no-untyped-call]
+        return y
+
+    def scale_dtype(self) -> torch.dtype:
+        """The precision of `scales`."""
+        return torch.float32
 
     @abc.abstractmethod
     def requantised(self, W: Float[Tensor, "out in"]) -> "QuantisedLinear":
@@ -43,6 +69,46 @@ class QuantisedLinear(nn.Module, abc.ABC):
         linear.weight = nn.Parameter(W.to(self.dtype).contiguous(), requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to` and its like: the dtype follows, the scales move alone."""
+        before = {name: getattr(self, name) for name in self.scales}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        for name, scale in before.items():
+            if scale is not None and getattr(self, name).dtype is not self.scale_dtype():
+                setattr(self, name, scale.to(self.codes.device, self.scale_dtype()))
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """Ŵ x + b, keeping for the backward pass what Ŵ is made of in place of Ŵ."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, kind: type[Any], *kept: Any) -> Tensor:
+        return F.linear(x, kind(*kept).weight(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, ctx.kind, *kept = inputs
+        ctx.tensors = [i for i, value in enumerate(kept) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(kept[i] for i in ctx.tensors))
+        ctx.kept = [None if isinstance(value, Tensor) else value for value in kept]
+        ctx.dtype, ctx.bias = x.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            kept = list(ctx.kept)
+            for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                kept[i] = tensor
+            grad_x = (grad @ ctx.kind(*kept).weight(grad.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias) if grad.ndim > 1 else grad.to(ctx.bias)
+        return grad_x, grad_bias, None, *(None for _ in ctx.kept)
 
 
 class Quantiser(abc.ABC):
