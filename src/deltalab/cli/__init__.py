@@ -20,6 +20,7 @@ VERBS = {
     "demo": "run the bundled drift study on the bundled model, and show where the report is",
     "study": "run a whole study from a spec: deltalab study drift SPEC",
     "train": "train a delta from a spec, and keep its adapter, curves and record",
+    "export": "write an adapter for vLLM or peft, or the model that it merges to: deltalab export BASE ADAPTER OUT",
     "preview": "show training samples token by token, with what is learnt from",
     "score": "score every weight of a model on the conversations of tasks, as files",
     "groups": "make groups of weights from scores, combine, compare and describe them",
