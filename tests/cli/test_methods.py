@@ -29,7 +29,7 @@ def test_a_row_says_all_of_its_method(name, rows):
     assert "arXiv" not in row.equation
     assert row.summary[0].islower() or row.summary[0].isupper()
     if issubclass(spec, DeltaSpec):
-        assert re.search(r"\w+ \(.*(out|in|r)\b.*\)", row.trains), row.trains
+        assert re.search(r"\w+ \(.*(out|in|r|hidden)\b.*\)", row.trains), row.trains
         assert row.file == (spec.peft_type or "own")
         assert set(row.goes_on.split(", ")) == spec.sits_on
 

@@ -43,6 +43,8 @@ def test_targets_of_a_model(capsys, model):
     assert lines.index("embed_tokens 1 × 32 × 270") == lines.index("embeddings, taken by their names") + 1
     assert "q,v 4: q_proj, v_proj" in lines
     assert "mlp 6: gate_proj, up_proj, down_proj" in lines
+    at = lines.index("sub-layers, taken whole by some methods")
+    assert lines[at + 1 : at + 3] == ["self_attn 2 × attention, hidden size 32", "mlp 2 × mlp, hidden size 32"]
     code, out, _ = main(capsys, "targets", str(model), "--every")
     assert "model.layers.1.mlp.down_proj 32 × 48" in rows(out)
     assert "model.embed_tokens 32 × 270" in rows(out)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from deltalab.core.spec import Spec
 
-OUT, IN = 3 << 10, 5 << 10
-"""Sizes of the weight that a method is built for to see what trains: told apart from each other and from a rank."""
+OUT, IN, HIDDEN = 3 << 10, 5 << 10, 7 << 10
+"""Sizes of what a method is built for to see what trains: told apart from each other and from a rank."""
 WHERE = ("targets", "layers")
 WIDE = 100
 """Columns of a terminal from which each fact has a column of its own."""
@@ -155,17 +155,19 @@ def _built(spec: Any) -> tuple[str, str]:
     from deltalab.deltas.base import WeightDelta
     from deltalab.deltas.site import Kind, Site
 
-    kind: Kind = "linear" if "linear" in spec.sits_on else min(spec.sits_on)
-    shape = (1, OUT, IN) if kind == "experts" else (OUT, IN)
-    delta = spec().build(Site("linear", shape, kind, torch.float32, torch.device("meta")))
-    sizes = {OUT: "out", IN: "in"}
+    kind: Kind = next(kind for kind in ("mlp", "attention", "linear", "embedding", "experts") if kind in spec.sits_on)
+    shapes = {"mlp": (HIDDEN, HIDDEN), "attention": (HIDDEN, HIDDEN), "experts": (1, OUT, IN)}
+    delta = spec().build(Site(kind, shapes.get(kind, (OUT, IN)), kind, torch.float32, torch.device("meta")))
+    sizes = {OUT: "out", IN: "in", HIDDEN: "hidden"}
     for key, value in _defaults(spec).items():
         if isinstance(value, int) and value > 1:
             sizes.setdefault(value, key)
-    trains = [
-        f"{key} ({', '.join(sizes.get(n, f'in/{IN // n}' if n > 1 and IN % n == 0 else str(n)) for n in p.shape)})"
-        for key, p in delta.named_parameters()
-    ]
+    whole = HIDDEN if HIDDEN in shapes.get(kind, ()) else IN
+
+    def said(n: int) -> str:
+        return sizes.get(n, f"{sizes[whole]}/{whole // n}" if n > 1 and whole % n == 0 else str(n))
+
+    trains = [f"{key} ({', '.join(map(said, p.shape))})" for key, p in delta.named_parameters()]
     return ", ".join(trains), "yes" if isinstance(delta, WeightDelta) else "no"
 
 

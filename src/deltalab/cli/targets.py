@@ -19,11 +19,12 @@ def command(
 ) -> None:
     """List the weights of a model that a delta can sit on, and what each preset selects.
 
-    Linears, embeddings and experts by name with their counts and shapes (out × in; of experts, how many first).
+    Linears, embeddings and experts by name with their counts and shapes (out × in; of experts, how many first); and the
+    sub-layers of the blocks, for methods that sit on these whole.
     """
     from deltalab.core.errors import UserError
     from deltalab.deltas.select import PRESETS, leaf, select
-    from deltalab.deltas.sites import places
+    from deltalab.deltas.sites import places, sublayers
     from deltalab.models.load import load
 
     loaded, _ = load(model)
@@ -38,6 +39,12 @@ def command(
     for kind in [kind for kind in HEADS if counts[kind]]:
         print(f"\n{HEADS[kind]}")
         print("\n".join(_by_name({path: place for path, place in there.items() if place.kind == kind}, there)))
+    whole = Counter((leaf(path), place.kind, place.width) for path, place in sublayers(loaded).items())
+    if whole:
+        print("\nsub-layers, taken whole by some methods")
+    wide = max((len(name) for name, _, _ in whole), default=0)
+    for (name, kind, width), count in whole.items():
+        print(f"  {name:<{wide}}  {count:>4} × {kind}, hidden size {width}")
     print("\npresets")
     wide = max(map(len, PRESETS))
     for preset in PRESETS:

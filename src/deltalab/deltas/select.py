@@ -76,12 +76,12 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
     blocks = layer_numbers(model, layers)
     lists = list(stacks(model)) if blocks is not None else []
     chosen: set[str] = set()
-    for target in _split(targets):
+    for target in split(targets):
         found = _preset(model, target, there) if target in PRESETS else _match(model, target, there)
         if blocks is not None:
             inside = {name for name in found if _index(lists, name) in blocks}
             if found and not inside:
-                raise UserError(f"target '{target}' matches no linear in layers {sorted(blocks)} of {_called(model)}.",
+                raise UserError(f"target '{target}' matches no linear in layers {sorted(blocks)} of {called(model)}.",
                                 found=f"it matches {len(found)} elsewhere: {', '.join(sorted(found)[:3])}")  # fmt: skip
             found = inside
         chosen |= found
@@ -117,7 +117,7 @@ def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
             lists[name] = module
     if not lists:
         raise UserError(
-            f"{_called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
+            f"{called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
         )
     sizes = {name: sum(t.numel() for t in [*blocks.parameters(), *blocks.buffers()]) for name, blocks in lists.items()}
     order = sorted(lists, key=lambda name: sizes[name], reverse=True)
@@ -150,10 +150,10 @@ def layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> set[int] | 
     count = max(lengths)
     wrong = [i for i in layers if not -count <= i < count]
     if wrong or not layers:
-        raise UserError(f"layers {wrong or '[]'} are not in {_called(model)}.", found=f"{count} layers, 0 to {count - 1}, or -1 to -{count} from the end")  # fmt: skip
+        raise UserError(f"layers {wrong or '[]'} are not in {called(model)}.", found=f"{count} layers, 0 to {count - 1}, or -1 to -{count} from the end")  # fmt: skip
     if len(lengths) > 1 and any(i < 0 for i in layers):
         raise UserError(
-            f"layers counted from the end mean two things in {_called(model)}.",
+            f"layers counted from the end mean two things in {called(model)}.",
             found=f"stacks of {' and '.join(map(str, sorted(lengths)))} blocks",
             next="count from 0",
         )
@@ -189,7 +189,8 @@ def meant(pattern: str, paths: Sequence[str]) -> list[str]:
     return [pattern] if pattern in paths else [path for path in paths if pattern_matches(pattern, path)]
 
 
-def _split(targets: str | Sequence[str]) -> list[str]:
+def split(targets: str | Sequence[str]) -> list[str]:
+    """The single targets. Raises: UserError if there is none."""
     if isinstance(targets, str):
         single = targets in PRESETS or targets.startswith("re:")
         targets = [targets] if single else [t.strip() for t in targets.split(",") if t.strip()]
@@ -198,7 +199,7 @@ def _split(targets: str | Sequence[str]) -> list[str]:
     return list(targets)
 
 
-def _called(model: nn.Module) -> str:
+def called(model: nn.Module) -> str:
     """Name and size, for messages: 'stories260K (5 layers, 35 linears)'."""
     inside = [m for _, m in base_modules(model) if isinstance(m, nn.ModuleList)]
     layers = f"{len(decoder_blocks(model)[1])} layers, " if inside else ""
@@ -245,7 +246,7 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
         found = {name for name in inside if leaf(name) in QUERY | VALUE}
         fused = sorted({leaf(name) for name in inside if leaf(name) in FUSED})
         if not found and fused:
-            raise UserError(f"preset 'q,v' matches nothing in {_called(model)}: query, key and value are one fused linear there.",
+            raise UserError(f"preset 'q,v' matches nothing in {called(model)}: query, key and value are one fused linear there.",
                             found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
     elif preset == "k,v,down":
         found = _keys_values_down(model, inside, experts)
@@ -258,7 +259,7 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
         found = {name for name in inside if keep[preset](name)} | experts
     if not found:
         raise UserError(
-            f"preset '{preset}' matches no linear of {_called(model)}.", found=_names(inside), next=_see(model)
+            f"preset '{preset}' matches no linear of {called(model)}.", found=_names(inside), next=_see(model)
         )
     return found
 
@@ -272,7 +273,7 @@ def _keys_values_down(model: nn.Module, inside: Iterable[str], experts: set[str]
     down = {name for name in {*inside, *experts} if ends_mlp(name)}
     for found, what in ((keys_values, "no keys and values"), (down, "no last linear of an MLP")):
         if not found:
-            raise UserError(f"preset 'k,v,down' finds {what} in {_called(model)} by their usual names.",
+            raise UserError(f"preset 'k,v,down' finds {what} in {called(model)} by their usual names.",
                             found=", ".join(sorted({leaf(name) for name in inside})), next=f"name the targets\n  {_see(model)}")  # fmt: skip
     return keys_values | down
 
@@ -289,11 +290,11 @@ def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:
         if pattern_matches(target, name)
     ]
     if other:
-        raise UserError(f"target '{target}' matches no linear of {_called(model)}.", found=f"it matches {other[0][0]}, {_article(other[0][1])}: a delta sits on linears",
+        raise UserError(f"target '{target}' matches no linear of {called(model)}.", found=f"it matches {other[0][0]}, {_article(other[0][1])}: a delta sits on linears",
                         nearest=PRESETS, next=_see(model))  # fmt: skip
     counts = Counter(leaf(name) for name in linears(model))
     near = nearest(leaf(target), counts) or list(counts)[:3]
-    raise UserError(f"target '{target}' matches no module of {_called(model)}.", nearest=[f"{name} ({counts[name]})" for name in near],
+    raise UserError(f"target '{target}' matches no module of {called(model)}.", nearest=[f"{name} ({counts[name]})" for name in near],
                     next=f"one of the presets: {'  '.join(PRESETS)}\n  {_see(model)}")  # fmt: skip
 
 
@@ -320,7 +321,7 @@ def _refuse_experts(model: nn.Module, what: str, covered: set[str]) -> None:
     rest = {name: shape for name, shape in rest.items() if name.startswith(inside)}
     if rest:
         name, shape = next(iter(rest.items()))
-        raise UserError(f"{what}: {_called(model)} holds experts as 3-D parameters, which it does not cover.",
+        raise UserError(f"{what}: {called(model)} holds experts as 3-D parameters, which it does not cover.",
                         found=f"{len(rest)}, the first is {name} {tuple(shape)}", next="name the linears that you want, or the preset 'attention'")  # fmt: skip
 
 

@@ -4,8 +4,10 @@ A linear and an embedding go by the path of their module, experts by the path of
 (`model.layers.0.mlp.experts.down_proj`): one module holds several of them.
 """
 
+import inspect
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,12 @@ class ExpertDeltas(nn.ModuleDict):
     """The child `delta` of a module of experts: parameter's name -> its weight delta."""
 
 
-ATTENTIONS = {"self_attn", "attn", "attention", "self_attention", "SelfAttention"}
-MLPS = {"mlp", "feed_forward", "ffn", "DenseReluDense", "block_sparse_moe"}
+ATTENTIONS = {
+    *("self_attn", "attn", "attention", "self_attention", "SelfAttention"),
+    *("encoder_attn", "cross_attn", "cross_attention", "crossattention", "EncDecAttention"),
+    *("LocalSelfAttention", "TransientGlobalSelfAttention"),
+}
+MLPS = {"mlp", "mlp_block", "feed_forward", "ffn", "shared_mlp", "block_sparse_moe", "DenseReluDense"}
 """Names that models give to the sub-layers of their blocks: hidden states in, what is added to the residual out."""
 SUBLAYERS = ("attention", "mlp")
 
@@ -52,7 +58,7 @@ class Place(NamedTuple):
     def parameter(self) -> Tensor:
         """The weight as the module keeps it: a parameter, or the codes of a `QuantisedLinear`. Of a sub-layer any in it."""
         if self.kind in SUBLAYERS:
-            return next(self.module.parameters())
+            return next(itertools.chain(self.module.parameters(), self.module.buffers()))
         if isinstance(self.module, QuantisedLinear):
             return self.module.codes
         found = self.module._parameters.get(self.name)
@@ -72,8 +78,9 @@ class Place(NamedTuple):
         """What a delta for this place is built from."""
         W = self.parameter
         if self.kind in SUBLAYERS:
+            weights = (m.dtype for m in self.module.modules() if isinstance(m, QuantisedLinear))
             floats = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
-            dtype = wide(next(floats, torch.float32))
+            dtype = wide(next(itertools.chain(weights, floats), torch.float32))
             return Site(path, (self.width, self.width), self.kind, dtype, W.device, None, self.module)
         shape = tuple(self.W.shape) if self.kind == "experts" else shape_of(self.module)
         group = self.module.group_size if isinstance(self.module, QuantisedLinear) else None
@@ -124,30 +131,59 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 
 def sublayers(model: nn.Module) -> dict[str, Place]:
-    """Every attention and MLP of the blocks whose result is added to the residual as it is, by path, in model order.
+    """Every attention and MLP that is a module of its own, from hidden states to what the block adds to them, by path,
+    in model order.
 
-    One that adds the residual itself (BERT's attention) is none, and so is what has no module of its own.
+    One that adds them itself (BERT's and BLOOM's) is none. Outermost modules only: the attention in GPT-Neo's is not another.
     """
     found: dict[str, Place] = {}
+    inside = None  # what is in a sub-layer comes right after it
     for path, module in base_modules(model):
-        if not any(path.startswith(outer + ".") for outer in found):
-            kind = _sublayer_kind(path, module)
-            if kind is not None:
-                found[path] = Place(module, "", kind, width_of(model))
+        if inside is None or not path.startswith(inside):
+            there = _sublayer(model, path, module)
+            if there is not None:
+                found[path], inside = there, path + "."
     return found
 
 
-def width_of(model: nn.Module) -> int:
-    """The size of the hidden states."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore[union-attr, operator]
-    return int(config.hidden_size)  # type: ignore[union-attr]
+def _sublayer(model: nn.Module, path: str, module: nn.Module) -> Place | None:
+    kind = sublayer_kind(path, module)
+    width = None if kind is None or adds_residual(module) else width_of(model, path)
+    return None if kind is None or width is None else Place(module, "", kind, width)
 
 
-def _sublayer_kind(path: str, module: nn.Module) -> Kind | None:
+def width_of(model: nn.Module, path: str = "") -> int | None:
+    """The size of the hidden states at `path`, by the config nearest to it; None where none tells."""
+    while True:
+        config: Any = getattr(model.get_submodule(path), "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(config, "hidden_size", None)
+        if isinstance(width, int) or not path:
+            return width if isinstance(width, int) else None
+        path = path.rpartition(".")[0]
+
+
+def sublayer_kind(path: str, module: nn.Module) -> Kind | None:
+    """Which sub-layer of a block a module is, by the name that its model gives it."""
     name = path.rpartition(".")[2]
-    if hasattr(module, "output") and not isinstance(module, LINEARS):  # BERT's: its own residual and norm
+    if isinstance(module, (*LINEARS, nn.Embedding, nn.ModuleList)):
         return None
     return "attention" if name in ATTENTIONS else "mlp" if name in MLPS else None
+
+
+def adds_residual(sublayer: nn.Module) -> bool:
+    """Whether an attention or MLP adds the residual itself: it has BERT's part for it or ALBERT's norm, or is given it."""
+    names = inspect.signature(getattr(type(sublayer), "adapts", type(sublayer)).forward).parameters
+    return (
+        hasattr(sublayer, "output") or hasattr(sublayer, "LayerNorm") or bool({"residual", "input_tensor"} & set(names))
+    )
+
+
+def _round(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the one at `path` lies in, the model itself left out."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path, model.get_submodule(path)
 
 
 def place(model: nn.Module, path: str) -> Place:
@@ -164,13 +200,9 @@ def place(model: nn.Module, path: str) -> Place:
             return Place(module, "weight", "embedding")
         if parameter in expert_weights(module):
             return Place(module, parameter, "experts")
-    try:
-        module = model.get_submodule(path)
-        kind = _sublayer_kind(path, module)
-    except AttributeError:
-        kind = None
-    if kind is not None:
-        return Place(module, "", kind, width_of(model))
+        found = _sublayer(model, path, module) if owner == path else None
+        if found is not None and not any(_sublayer(model, outer, m) for outer, m in _round(model, path)):
+            return found
     raise UserError(f"'{path}' is no place that a delta can sit on.")
 
 
