@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deltalab.deltas.dora import DoRA as DoRA
     from deltalab.deltas.ia3 import IA3 as IA3
     from deltalab.deltas.lora import LoRA as LoRA
+    from deltalab.deltas.lora_experts import LoRAExperts as LoRAExperts
     from deltalab.deltas.masks import Train as Train
     from deltalab.deltas.qalora import QALoRA as QALoRA
     from deltalab.deltas.spec import DeltaSpec
@@ -23,6 +24,7 @@ METHODS = {
     "QALoRA": "deltalab.deltas.qalora",
     "IA3": "deltalab.deltas.ia3",
     "VeRA": "deltalab.deltas.vera",
+    "LoRAExperts": "deltalab.deltas.lora_experts",
 }
 """Public name of the spec -> module that holds it. A new method is one file and one line here."""
 

@@ -3,14 +3,16 @@ becomes a subclass that asks it.
 
 A linear or an embedding hands its delta the input and its own forward. Experts, whose forward reads 3-D parameters as it
 likes, are shown the adapted weights in place of them: that works with every implementation of the experts' forward, and
-costs one adapted copy of each stack while the forward runs, in training until its backward is done. A sub-layer hands
-its delta the hidden states and its own forward, the other arguments and results beside.
+costs one adapted copy of each stack while the forward runs, in training until its backward is done. With a delta that
+depends on the input, experts have no adapted weights to show, and are computed one by one (experts.py). A sub-layer
+hands its delta the hidden states and its own forward, the other arguments and results beside.
 
 The module keeps its place, its parameters, their names and ties, so state-dict keys, hooks, deepcopy and
 `save_pretrained` go on working, and taking the delta off again leaves no trace.
 """
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import LINEARS, Base, Delta, WeightDelta
+from deltalab.deltas.experts import one_by_one, require_usual
 from deltalab.deltas.sites import ExpertDeltas, Place
 
 NOTHING = object()
@@ -42,25 +45,29 @@ class Adapted(nn.Module):
 
 
 class AdaptedSublayer(Adapted):
-    """Mixed in before the class of an attention or an MLP."""
+    """Mixed in before the class of an attention or an MLP. Its forward's first argument is the hidden states, given by
+    place or by name; if it returns a sequence, they come first in that."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super(Adapted, self).forward
         if not self.delta.enabled:
-            return super(Adapted, self).forward(*args, **kwargs)
-        own = self.delta.within(super(Adapted, self).forward)
+            return own(*args, **kwargs)
+        own = self.delta.within(own)
+        name = "" if args else _first_parameter(type(self).adapts)
         beside: list[Any] = []
 
         def base(x: Tensor) -> Tensor:
-            result = own(x, *args[1:], **kwargs) if args else own(**{**kwargs, "hidden_states": x})
-            beside[:] = result[1:] if isinstance(result, tuple) else [NOTHING]
-            return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+            result = own(x, *args[1:], **kwargs) if args else own(**{**kwargs, name: x})
+            several = isinstance(result, (tuple, list))
+            beside[:] = result[1:] if several else [NOTHING]
+            return cast(Tensor, result[0] if several else result)
 
-        y = self.delta(args[0] if args else kwargs["hidden_states"], Base(base, self))
-        return y if beside == [NOTHING] else (y, *beside)
+        y = self.delta(args[0] if args else kwargs[name], Base(base, self))
+        return y if beside and beside[0] is NOTHING else (y, *beside)
 
 
 class AdaptedExperts(nn.Module):
-    """Mixed in before a class of experts; `delta` holds one weight delta a parameter, by the parameter's name."""
+    """Mixed in before a class of experts; `delta` holds one delta a parameter, by the parameter's name."""
 
     adapts: ClassVar[type[nn.Module]]
     shows: ClassVar[tuple[str, ...]]
@@ -68,15 +75,17 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shown: dict[str, Tensor] = {}
+        sees: dict[str, Delta] = {}
         for name, delta in self.delta.items():
-            delta = cast(WeightDelta, delta)
-            if delta.enabled:
+            if not isinstance(delta, WeightDelta):
+                sees |= {name: cast(Delta, delta)} if delta.enabled else {}
+            elif delta.enabled:
                 held = Place(self, name, "experts")
                 W = held.parameter
                 shown[name] = held.oriented(delta.adapted(held.oriented(W)).to(W.dtype))
         self.__dict__["_shown"] = shown
         try:
-            return super().forward(*args, **kwargs)
+            return one_by_one(self, sees, *args, **kwargs) if sees else super().forward(*args, **kwargs)
         finally:
             del self.__dict__["_shown"]
 
@@ -117,6 +126,8 @@ def attach(place: Place, delta: Delta) -> None:
         )
     delta.train(module.training)
     if place.kind == "experts":
+        if not isinstance(delta, WeightDelta):
+            require_usual(module, place.name)
         if not isinstance(module, AdaptedExperts):
             module.add_module("delta", ExpertDeltas())
         cast(ExpertDeltas, module.delta)[place.name] = delta
@@ -154,6 +165,13 @@ def attached_to(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
         elif isinstance(module, AdaptedExperts):
             for key, delta in module.delta.items():
                 yield f"{name}.{key}", f"{name}.delta.{key}", cast(Delta, delta)
+
+
+@functools.cache
+def _first_parameter(cls: type[nn.Module]) -> str:
+    """The name of the first argument of a class's forward."""
+    _, first, *_ = inspect.signature(cls.forward).parameters
+    return first
 
 
 def _shown(name: str, experts: nn.Module) -> Tensor:
