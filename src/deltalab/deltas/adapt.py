@@ -173,6 +173,13 @@ def _refuse_taken(model: nn.Module, adapter: str) -> None:
             found=f"adapters: {', '.join(adapters(model))}",
             next="deltalab.unload(model) first, give adapt a list of specs, or name another adapter: adapter='second'",
         )
+    others = {} if is_adapted(model) else attached(model)
+    if others:
+        raise UserError(
+            f"{model_name(model)} is in use: something sits on its modules already.",
+            found=f"{type(next(iter(others.values()))).__name__} on {len(others)} modules",
+            next="close the bank that is on it: bank.close()",
+        )
 
 
 def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None) -> None:
