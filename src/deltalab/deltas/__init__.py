@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 if TYPE_CHECKING:
     from deltalab.core.spec import Spec
     from deltalab.deltas.adalora import AdaLoRA as AdaLoRA
+    from deltalab.deltas.bottleneck import Bottleneck as Bottleneck
     from deltalab.deltas.dora import DoRA as DoRA
     from deltalab.deltas.ia3 import IA3 as IA3
     from deltalab.deltas.lora import LoRA as LoRA
     from deltalab.deltas.lora_experts import LoRAExperts as LoRAExperts
     from deltalab.deltas.masks import Train as Train
+    from deltalab.deltas.prefix import ZeroInitPrefix as ZeroInitPrefix
     from deltalab.deltas.qalora import QALoRA as QALoRA
     from deltalab.deltas.spec import DeltaSpec
     from deltalab.deltas.vera import VeRA as VeRA
@@ -24,6 +26,8 @@ METHODS = {
     "QALoRA": "deltalab.deltas.qalora",
     "IA3": "deltalab.deltas.ia3",
     "VeRA": "deltalab.deltas.vera",
+    "Bottleneck": "deltalab.deltas.bottleneck",
+    "ZeroInitPrefix": "deltalab.deltas.prefix",
     "LoRAExperts": "deltalab.deltas.lora_experts",
 }
 """Public name of the spec -> module that holds it. A new method is one file and one line here."""
