@@ -39,6 +39,7 @@ from deltalab.deltas.weights import (
     is_adapted,
     merged_weight,
 )
+from deltalab.quant import foreign
 
 __all__ = ["Trainable", "adapt", "adaptation", "adapters", "attached", "base_state", "base_weight", "delta_entries", "delta_weight",
            "disabled", "is_adapted", "merged_weight", "param_groups", "planned", "set_active", "start", "trainable", "unload"]  # fmt: skip
@@ -140,6 +141,7 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
     """Attach what was planned; with `fresh`, starts that look at the model run, else the tensors are still to come."""
     before = adaptation(model)
     _refuse_taken(model, adapter)
+    foreign.hold(model)
     active = adapters(model)[:1]
     if active:
         park(model)
@@ -194,8 +196,8 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
                 next="name other targets, or another method for this one",
             )
         site = where.site(path)
-        if fresh is not None and fresh.quantising is not None:
-            site = site._replace(group=fresh.quantising.group(path))
+        if fresh is not None and fresh.quantising is not None and path in fresh.quantising:
+            site = site._replace(group=fresh.quantising.group(path), quantised=True)
         deltas[path] = spec.build(site)
         if where.kind == "experts" and isinstance(deltas[path], WeightDelta):
             _refuse_dropout(path, deltas[path])

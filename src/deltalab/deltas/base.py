@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Bool, Float, Int
+from deltalab.quant import foreign
 from deltalab.quant.base import QuantisedLinear
 
 LINEARS = (nn.Linear, Conv1D, QuantisedLinear)
@@ -189,16 +190,15 @@ class Dropout(nn.Dropout):
 def weight_of(linear: nn.Module) -> Tensor:
     """A linear's weight as (out, in): a transposed view for Conv1D and embeddings.
 
-    Of a `QuantisedLinear` what its codes stand for, made anew; of other quantised linears the codes as they are kept.
+    Of a linear that keeps codes what they stand for, made anew: of a `QuantisedLinear` and of bitsandbytes' linears. Of a
+    kind that is not read here the codes.
     """
-    return as_stored(linear, linear.weight)
+    return as_stored(linear, linear.weight) if foreign.kind(linear) is None else foreign.weight_of(linear)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, ...]:
     """(out, in), also of a linear that keeps its weight quantised in another shape. Of other modules the weight's."""
-    if isinstance(linear, QuantisedLinear) or (
-        isinstance(linear, nn.Linear) and not linear.weight.dtype.is_floating_point
-    ):
+    if isinstance(linear, (nn.Linear, QuantisedLinear)):
         return linear.out_features, linear.in_features
     return tuple(weight_of(linear).shape)
 

@@ -27,7 +27,8 @@ from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import Place, is_quantised, place
 from deltalab.deltas.switch import forget
 from deltalab.deltas.weights import Adaptation, adaptation, attached, delta_weight, mark_of, merged_weight
-from deltalab.quant.base import QuantisedLinear
+from deltalab.quant import foreign
+from deltalab.quant.base import QuantisedLinear, plain_linear
 
 Into = Literal["dequantise", "requantise", "correct"]
 RANK = 8
@@ -57,6 +58,13 @@ def merged(
     left: dict[str, Factors] = {}
     for path in deltas:
         where = place(plain, path)
+        if foreign.kind(where.module) is not None:
+            if correction is None:
+                dtype = getattr(model, "dtype", where.dtype)
+                plain.set_submodule(path, plain_linear(where.module, merged_weight(model, path), dtype))
+                continue
+            plain.set_submodule(path, foreign.own(where.module))
+            where = place(plain, path)
         if not isinstance(where.module, QuantisedLinear):
             value = where.oriented(merged_weight(model, path)).to(where.dtype)
             kept = nn.Parameter(value.contiguous(), requires_grad=where.parameter.requires_grad)
@@ -72,11 +80,23 @@ def merged(
                 left[path] = Factors(*pair, 1.0)
     for path, delta in deltas.items():
         _merge_bias(place(plain, path), delta)
+    foreign.settle(plain)
     forget(plain, state)
     if left:
         put_factors(plain, left)
         adaptation(plain).prepared.update({path: mark_of(place(plain, path).W) for path in left})
     return plain
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """Every quantised linear of a model without deltas becomes a plain one, in place; returns the model."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantisedLinear):
+            model.set_submodule(path, module.plain(module.weight))
+        elif foreign.kind(module) is not None:
+            model.set_submodule(path, plain_linear(module, foreign.weight_of(module), getattr(model, "dtype")))  # noqa: B009
+    foreign.settle(model)
+    return model
 
 
 class Correction(NamedTuple):
@@ -102,6 +122,11 @@ def corrected(
 
     pair, rest = loftq(W, min(rank, *W.shape), 1.0, round_trip, steps)
     return linear.requantised(rest), pair
+
+
+def require_way(into: str, rank: int | None = None, steps: int | None = None) -> None:
+    """Raises: UserError for a way to merge that there is none of, or an option that is not of this one."""
+    _correction(into, rank, steps)
 
 
 def _correction(into: str, rank: int | None, steps: int | None) -> Correction | None:
@@ -138,7 +163,11 @@ def _without_deltas(model: nn.Module, state: Adaptation, deltas: dict[str, Delta
     """A copy of the model that shares its tensors, own parameters that train apart, with nothing attached."""
     memo: dict[int, Any] = {id(delta): None for delta in deltas.values()} | {id(state): None}
     for name, parameter in model.named_parameters():
-        if ".delta." not in name:
+        if ".delta." in name:
+            continue
+        if type(parameter) is not nn.Parameter:  # of another library, with more in it than values
+            memo[id(parameter)] = parameter
+        else:
             value = parameter.detach()
             memo[id(parameter)] = nn.Parameter(
                 value.clone() if name in state.start else value,

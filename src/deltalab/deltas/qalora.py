@@ -42,10 +42,15 @@ class QALoRA(LowRankSpec):
     def group(self, site: Site) -> int:
         """g on this weight.
 
-        Raises: UserError if it does not divide the inputs, or is no multiple of the quantiser's: then no merging into
-        the offsets.
+        Raises: UserError if it does not divide the inputs, or the change could not be merged into offsets: it is no
+        multiple of the quantiser's, or the weight is quantised without groups.
         """
         inputs = site.shape[-1]
+        if site.quantised and site.group is None:
+            raise UserError(
+                f"QALoRA merges into the offsets of groups, and '{site.path}' is quantised without any.",
+                next="quantize='int4-group', or LoRA on this base",
+            )
         if self.group_size is None:
             return default_group(inputs) if site.group is None else site.group
         require_group(inputs, self.group_size)

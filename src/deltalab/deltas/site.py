@@ -14,7 +14,8 @@ class Site(NamedTuple):
     """One place that a delta is built for. shape: (out, in), (experts, out, in), or of a sub-layer (hidden, hidden).
     dtype: of the delta's parameters.
 
-    group: inputs that share a scale where the weight is group-quantised. module: a sub-layer itself.
+    group: inputs that share a scale where the weight is group-quantised. module: a sub-layer itself. quantised: whether the
+    weight is kept as codes, or will be.
     """
 
     path: str
@@ -24,3 +25,4 @@ class Site(NamedTuple):
     device: torch.device
     group: int | None = None
     module: nn.Module | None = None
+    quantised: bool = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import LINEARS, Delta, as_stored, shape_of, weight_of, wide
 from deltalab.deltas.site import Kind, Site
+from deltalab.quant import foreign
 from deltalab.quant.base import QuantisedLinear
 
 
@@ -67,6 +68,8 @@ class Place(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of `W`."""
+        if foreign.kind(self.module) is not None:
+            return foreign.dtype_of(self.module)
         return self.module.dtype if isinstance(self.module, QuantisedLinear) else self.parameter.dtype
 
     @property
@@ -78,13 +81,14 @@ class Place(NamedTuple):
         """What a delta for this place is built from."""
         W = self.parameter
         if self.kind in SUBLAYERS:
-            weights = (m.dtype for m in self.module.modules() if isinstance(m, QuantisedLinear))
+            weights = (Place(m, "weight", "linear").dtype for m in self.module.modules() if isinstance(m, LINEARS))
             floats = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
             dtype = wide(next(itertools.chain(weights, floats), torch.float32))
             return Site(path, (self.width, self.width), self.kind, dtype, W.device, None, self.module)
         shape = tuple(self.W.shape) if self.kind == "experts" else shape_of(self.module)
         group = self.module.group_size if isinstance(self.module, QuantisedLinear) else None
-        return Site(path, shape, self.kind, wide(self.dtype), W.device, group)
+        codes = self.kind == "linear" and is_quantised(self.module)
+        return Site(path, shape, self.kind, wide(self.dtype), W.device, group, quantised=codes)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -113,7 +117,11 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_quantised(linear: nn.Module) -> bool:
     """Whether a linear keeps codes in place of a weight that could train."""
-    return isinstance(linear, QuantisedLinear) or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]
+    return (
+        isinstance(linear, QuantisedLinear)
+        or not linear.weight.dtype.is_floating_point  # type: ignore[union-attr]
+        or foreign.kind(linear) is not None
+    )
 
 
 def places(model: nn.Module) -> dict[str, Place]:

@@ -90,7 +90,7 @@ def looked_for(
         elif start.quantising is None or path not in start.quantising:
             raise UserError(
                 f"init='loftq' makes up for the error of quantising, and '{path}' is not being quantised.",
-                next="deltalab.load(name, quantize='int4-group', adapt=LoRA(init='loftq'))",
+                next="deltalab.load(name, quantize='nf4', adapt=LoRA(init='loftq'))",
             )
         else:
             yield path, loftq(W, r, s, start.quantising.quantiser.round_trip)[0]
@@ -157,15 +157,11 @@ def _weight(model: nn.Module, path: str, how: str) -> Float[Tensor, "*e out in"]
     """The weight at `path`. Raises: UserError where it is quantised."""
     where = place(model, path)
     W = where.W.detach()
-    if (
-        isinstance(where.parameter, nn.Parameter)
-        and W.dtype.is_floating_point
-        and tuple(W.shape) == where.site(path).shape
-    ):
+    if W.dtype.is_floating_point and not where.site(path).quantised:
         return W
     raise UserError(
         f"init='{how}' looks at the weight of '{path}', which is quantised already.",
-        next="quantise while adapting, deltalab.load(name, quantize='int4-group', adapt=...), or init='kaiming'",
+        next="quantise while adapting, deltalab.load(name, quantize='nf4', adapt=...), or init='kaiming'",
     )
 
 

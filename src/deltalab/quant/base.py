@@ -65,10 +65,7 @@ class QuantisedLinear(nn.Module, abc.ABC):
 
     def plain(self, W: Float[Tensor, "out in"]) -> nn.Linear:
         """A linear with the weight W, in this one's dtype, and this one's bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(W.to(self.dtype).contiguous(), requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+        return plain_linear(self, W, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to` and its like: the dtype follows, the scales move alone."""
@@ -79,6 +76,15 @@ class QuantisedLinear(nn.Module, abc.ABC):
             if scale is not None and getattr(self, name).dtype is not self.scale_dtype():
                 setattr(self, name, scale.to(self.codes.device, self.scale_dtype()))
         return self
+
+
+def plain_linear(linear: nn.Module, W: Float[Tensor, "out in"], dtype: torch.dtype) -> nn.Linear:
+    """What takes a linear's place with the weight W, in `dtype`, and the same bias."""
+    out, in_ = W.shape
+    made = nn.Linear(in_, out, bias=False, device="meta")
+    made.weight = nn.Parameter(W.to(dtype).contiguous(), requires_grad=False)
+    made.bias = linear.bias  # type: ignore[assignment]
+    return made.train(linear.training)
 
 
 class _Product(torch.autograd.Function):

@@ -112,16 +112,21 @@ def dequantise(
 
 
 def dequantise_plainly(
-    codes: UInt8[Tensor, "..."], absmax: Float[Tensor, " blocks"], blocksize: int, shape: tuple[int, ...], dtype: torch.dtype
+    codes: UInt8[Tensor, "..."], absmax: Float[Tensor, " blocks"], blocksize: int, shape: tuple[int, ...],
+    dtype: torch.dtype, values: Float[Tensor, "16"] | None = None,
 ) -> Float[Tensor, "..."]:  # fmt: skip
-    """Ŵ in `dtype`, in torch alone: a byte is looked up in a table of the pairs that it may stand for."""
+    """Ŵ in `dtype`, in torch alone: a byte is looked up in a table of the pairs that it may stand for.
+
+    values: what the codes stand for, if it is not `CODES`.
+    """
     size = torch.Size(shape).numel()
     W = torch.empty(size, dtype=dtype, device=codes.device)
-    table, flat = _pairs(codes.device), codes.reshape(-1)
+    table = _nf4_pairs(codes.device) if values is None else _pairs(values)
+    flat = codes.reshape(-1)
     for start in range(0, size, CHUNK):
         pairs = table.index_select(0, flat[start // 2 : (start + CHUNK) // 2].int())
-        values = pairs.view(torch.float32)[: size - start]
-        W[start : start + CHUNK] = _scaled(values, absmax[start // blocksize :], blocksize)
+        part = pairs.view(torch.float32)[: size - start]
+        W[start : start + CHUNK] = _scaled(part, absmax[start // blocksize :], blocksize)
     return W.view(shape)
 
 
@@ -210,12 +215,14 @@ def _nearest(device: torch.device) -> Tensor:
     return torch.bucketize(steps, (values[:-1] + values[1:]) / 2).to(device, torch.uint8)
 
 
-@functools.cache
-def _pairs(device: torch.device) -> Tensor:
+def _pairs(values: Float[Tensor, "16"]) -> Tensor:
     """The two values of each byte, as one int64."""
-    values = torch.tensor(CODES)
-    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], -1)
-    return pairs.view(torch.int64).view(-1).to(device)
+    return torch.stack([values.repeat_interleave(16), values.repeat(16)], -1).view(torch.int64).view(-1)
+
+
+@functools.cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    return _pairs(torch.tensor(CODES)).to(device)
 
 
 def _scaled(values: Float[Tensor, " n"], scales: Float[Tensor, " blocks"], blocksize: int) -> Float[Tensor, " n"]:
