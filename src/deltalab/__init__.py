@@ -28,6 +28,7 @@ _PUBLIC = {
         "set_active",
     ],
     "deltalab.deltas.merge": ["merged"],
+    "deltalab.deltas.combine": ["combine"],
     "deltalab.deltas.schedule": ["step", "penalty"],
     "deltalab.deltas.measures": ["measures", "gathered"],
     "deltalab.deltas.peft_format": ["save_adapter", "load_adapter"],

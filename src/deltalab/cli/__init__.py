@@ -26,6 +26,7 @@ VERBS = {
     "groups": "make groups of weights from scores, combine, compare and describe them",
     "methods": "print the table of methods, or all about one: deltalab methods LoRA",
     "targets": "list the target names of a model, with counts and presets",
+    "combine": "make several adapters of one base into one: deltalab combine BASE A B --out FOLDER",
     "report": "build the report of a record again: HTML page, text, JSON, figures",
     "clean": "remove what stopped runs left and finished ones need no more; never results",
     "doctor": "show versions, devices, memory and disk, and run a ten-second self-test",
