@@ -151,7 +151,7 @@ def causal(name: str, config: str = "", **options: Any) -> nn.Module:
     made = getattr(transformers, config or f"{name}Config")(**options)
     model = getattr(transformers, f"{name}ForCausalLM")(made).eval()
     for parameter in model.parameters():
-        if parameter.ndim == 1 or parameter.ndim == 2 and parameter.shape[1] < 32:
+        if parameter.ndim == 1 or (parameter.ndim == 2 and parameter.shape[1] < 32):
             nn.init.normal_(parameter, mean=0.5, std=0.1)
     return model
 
@@ -178,7 +178,9 @@ def by_the_paper(
             _, own_k, own_v, _ = about.read(self, prompt[None], None)
             i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
             allowed = j <= i
-            if getattr(self, "sliding_window", None) or (about.read is plain and getattr(self.config, "sliding_window", None)):
+            if getattr(self, "sliding_window", None) or (
+                about.read is plain and getattr(self.config, "sliding_window", None)
+            ):
                 allowed = allowed & (i - j < self.config.sliding_window)
             rows = []
             for b in range(q.shape[0]):

@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from deltalab import capture
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
+from deltalab.deltas.heads import softmax_over
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """The name by which transformers' model files know the registry of attention functions."""
@@ -26,7 +28,8 @@ KNOWN = {
     *("encoder_hidden_states", "encoder_attention_mask"),  # GPT-2's class, which is told at the start what it is
 }
 """Arguments of an attention that reads keys and values from the hidden states alone."""
-GATES = ("sigmoid", "silu")
+GATES = {"sigmoid", "softplus"}
+"""What an attention calls that weighs its heads by the hidden states, after the attention function."""
 
 Function = Callable[..., tuple[Tensor, Any]]
 """An attention function: (module, query, key, value, mask, **options) -> (heads, weights).
@@ -45,6 +48,32 @@ def routed(forward: Callable[..., Any], around: Around) -> Callable[..., Any]:
     twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(twin, bound.__self__)
+
+
+@_disable_dynamo  # torch.compile looks a function's names up in its module; this says so without an import of dynamo
+def beside_tokens(
+    forward: Callable[..., Any], prompt: Float[Tensor, "k hidden"], add: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any
+) -> Any:  # fmt: skip
+    """An attention's own forward on its arguments, its queries attending to a prompt too, apart from the tokens.
+
+    add: from the heads y and the prompt's term softmax(c·q K_pᵀ) V_p, both (batch, seq, heads, d), the heads to go on with.
+    Raises: UserError if the attention function gives something else, or is not asked, or more than once.
+    """
+    x = args[0] if args else kwargs["hidden_states"]
+    positions = argument(forward, "position_embeddings", args, kwargs)
+    keys, values = keys_and_values(forward, prompt.to(x.dtype), positions)
+    asked: list[Function] = []
+
+    def around(function: Function, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Any]:
+        asked.append(function)
+        if len(asked) > 1:
+            raise _not_asked(forward, "asks more than once")
+        y, *beside = function(module, query, *rest, **options)
+        _require_heads(y, query, module)
+        term = softmax_over(query, keys, values, options.get("scaling"), options.get("softcap"))
+        return add(y, term.transpose(1, 2)), *beside
+
+    return routed(forward, around)(*args, **kwargs)
 
 
 def keys_and_values(
@@ -70,44 +99,7 @@ def keys_and_values(
             routed(forward, stop)(prompt[None], **{key: t for key, t in still.items() if key in _parameters(forward)})
     except _Stop:
         return seen[0], seen[1]
-    raise _not_asked(forward)
-
-
-def softmax_over(
-    query: Float[Tensor, "batch heads seq d"], keys: Float[Tensor, "1 kv k d"], values: Float[Tensor, "1 kv k v"],
-    scaling: float | None, softcap: float | None = None,
-) -> Float[Tensor, "batch heads seq v"]:  # fmt: skip
-    """softmax(c·q Kᵀ) V, nothing masked, the softmax in fp32 or wider.
-
-    A group of query heads shares a key-value head. scaling: c, 1/√d if None. softcap: s becomes cap·tanh(s / cap) before
-    the softmax, as in the layer's own.
-    """
-    groups = query.shape[1] // keys.shape[1]
-    keys, values = (t.repeat_interleave(groups, 1).to(query.dtype) for t in (keys, values))
-    scores = (query @ keys.mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide).to(query.dtype) @ values
-
-
-def gated(y: Float[Tensor, "*lead d"], gate: Float[Tensor, "heads 1"], term: Float[Tensor, "*lead d"]) -> Tensor:
-    """y + gate·term; where the gate is zero bitwise y, whatever the term is, with the gradient of the sum all the same."""
-    return cast(Tensor, _Gated.apply(y, gate, term))
-
-
-class _Gated(torch.autograd.Function):
-    """-0 + 0 is 0, and 0·∞ is not a number: so y is passed on where the gate is zero, and not added to."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor, term: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, term)
-        return torch.where(gate == 0, y, y + gate * term)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, term = ctx.saved_tensors
-        return grad, (grad * term).sum_to_size(gate.shape), grad * gate
+    raise _not_asked(forward, "does not ask")
 
 
 def argument(forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -126,10 +118,22 @@ def require_routed(path: str, module: nn.Module, method: str) -> None:
     if why:
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise UserError(
-            f"{method} does not go on '{path}' of this model, a {kind}: {why}.",
+            f"{method} does not go on '{path}', the attention of a {kind}: {why}.",
             found=_class_of(module).__name__,
             next="take a method that goes on linears, see deltalab methods; this one goes on llama, mistral, qwen2, qwen3,\n"
             "  gemma3, phi, phi3, gpt_neox, gpt2, olmo2, cohere, opt and what is built like them",
+        )
+
+
+def _require_heads(y: Tensor, query: Float[Tensor, "batch heads seq d"], module: nn.Module) -> None:
+    """Raises: UserError if an attention function gave something else than heads (batch, seq, heads, ·)."""
+    batch, heads, seq, _ = query.shape
+    if y.ndim != 4 or y.shape[:3] != (batch, seq, heads):
+        name = getattr(module.config, "_attn_implementation", None)
+        raise UserError(
+            f"the attention function '{name}' does not give its heads one by one, so nothing can be added to them.",
+            found=f"a result of shape {tuple(y.shape)} for {batch} × {seq} queries of {heads} heads",
+            next="load the model with attn_implementation='sdpa'",
         )
 
 
@@ -142,7 +146,7 @@ def _why_not(module: nn.Module) -> str:
     other = sorted(inspect.signature(forward).parameters.keys() - KNOWN)
     if other or getattr(module, "is_cross_attention", False):
         return f"it can attend to other states than its own ({', '.join(other) or 'cross-attention'})"
-    if used & set(GATES):
+    if used & GATES:
         return "its heads go through a gate of its own before the output projection"
     query, d = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
     if query is not None and isinstance(d, int) and query.out_features != heads_of(module) * d:
@@ -172,7 +176,7 @@ def _still(positions: Any, length: int, forward: Callable[..., Any]) -> Any:
     if not (isinstance(positions, tuple) and len(positions) == 2 and all(isinstance(t, Tensor) for t in positions)):
         raise UserError(
             "the positions of this attention are no pair (cos, sin), so a prompt without one cannot be given to it.",
-            found=f"{_class_of(cast(MethodType, forward).__self__).__name__}: {type(positions).__name__}",  # type: ignore[arg-type]
+            found=f"{_class_of(_module(forward)).__name__}: {type(positions).__name__}",
         )
     cos = positions[0]
     shape = (*cos.shape[:-3], *(1 for _ in cos.shape[-3:-2]), length, cos.shape[-1])
@@ -185,13 +189,16 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
 
 
-def _not_asked(forward: Callable[..., Any]) -> UserError:
-    module = cast(nn.Module, cast(MethodType, forward).__self__)
+def _not_asked(forward: Callable[..., Any], how: str) -> UserError:
     return UserError(
-        f"the forward of {_class_of(module).__name__} did not ask the registry for its attention function.",
-        found="an option of the model's config takes another way",
-        next="load the model with attn_implementation='sdpa'",
+        f"a {_class_of(_module(forward)).__name__} {how} for its attention function, so its heads are not all there is to add to.",
+        found="by its class, or by an option of the model's config",
+        next="load the model with attn_implementation='sdpa', or take a method that goes on linears",
     )
+
+
+def _module(forward: Callable[..., Any]) -> nn.Module:
+    return cast(nn.Module, cast(MethodType, forward).__self__)
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:

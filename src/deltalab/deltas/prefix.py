@@ -8,6 +8,7 @@ that the prompts take nothing from the tokens. γ is tanh or the identity, g one
 where the adapted model is the base. The term depends on the query: there is no weight that computes it, and it does not merge.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -19,17 +20,9 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.core.spec import build
-from deltalab.deltas.attention import (
-    Function,
-    argument,
-    gated,
-    heads_of,
-    keys_and_values,
-    require_routed,
-    routed,
-    softmax_over,
-)
+from deltalab.deltas.attention import beside_tokens, heads_of, require_routed
 from deltalab.deltas.base import Base, Delta
+from deltalab.deltas.heads import gated
 from deltalab.deltas.select import leaf, model_name
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.sites import base_modules, place, sublayers
@@ -70,7 +63,7 @@ class ZeroInitPrefix(DeltaSpec):
     def chosen(self, model: nn.Module) -> list[str]:
         """Raises: UserError also for a model whose attentions are no modules of their own, or fewer than `top`."""
         found = select_sublayers(model, self.targets, self.layers)
-        if self.targets == "attention":
+        if self.targets in ("attention", ["attention"]):
             _require_modules(model, found, type(self).__name__)
         if self.top is not None and self.top > len(found):
             raise UserError(
@@ -79,9 +72,10 @@ class ZeroInitPrefix(DeltaSpec):
         return found if self.top is None else found[-self.top :]
 
     def build(self, site: Site) -> "ZeroInitPrefixDelta":
-        if site.module is not None and site.device.type != "meta":
-            require_routed(site.path, site.module, type(self).__name__)
-        return ZeroInitPrefixDelta(site, 1 if site.module is None else heads_of(site.module), self)
+        if site.module is None:  # the outline of one, that nothing runs
+            return ZeroInitPrefixDelta(site, 1, self)
+        require_routed(site.path, site.module, type(self).__name__)
+        return ZeroInitPrefixDelta(site, heads_of(site.module), self)
 
     def to_peft(self) -> dict[str, Any]:
         scalar = self.gate == "linear" and self.gate_per == "layer"
@@ -120,7 +114,13 @@ class ZeroInitPrefix(DeltaSpec):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
-        fields = {"targets": paths, "length": config.get("adapter_len"), "gate": "linear", "gate_per": "layer", "std": 1.0}
+        fields = {
+            "targets": paths,
+            "length": config.get("adapter_len"),
+            "gate": "linear",
+            "gate_per": "layer",
+            "std": 1.0,
+        }
         return build(cls, fields, "the adapter's config")
 
     def begin_again(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -157,21 +157,7 @@ class ZeroInitPrefixDelta(Delta):
         return base(x)
 
     def within(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The attention's own forward, the prompts' term added to its heads."""
-
-        def attends(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs["hidden_states"]
-            positions = argument(forward, "position_embeddings", args, kwargs)
-            keys, values = keys_and_values(forward, self.P.to(x.dtype), positions)
-
-            def around(function: Function, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
-                y, *beside = function(module, query, *rest, **options)
-                term = softmax_over(query, keys, values, options.get("scaling"), options.get("softcap"))
-                return self.add(y, term.transpose(1, 2)), *beside
-
-            return routed(forward, around)(*args, **kwargs)
-
-        return attends
+        return functools.partial(beside_tokens, forward, self.P, self.add)
 
     def add(self, y: Float[Tensor, "batch seq heads d"], term: Tensor) -> Float[Tensor, "batch seq heads d"]:
         """The heads with the gated term; where the gate is zero bitwise y."""
