@@ -35,6 +35,7 @@ SPECS = {
     "IA3": lambda r, targets: dl.IA3(targets=targets),
     "VeRA": lambda r, targets: dl.VeRA(r=r, targets=targets),
     "QALoRA": lambda r, targets: dl.QALoRA(r=r, group_size=4, targets=targets),
+    "LoRAExperts": lambda r, targets: dl.LoRAExperts(r=min(r, 8), targets=targets),
 }
 EMBEDS = {"LoRA", "rsLoRA", "DoRA"}
 
@@ -54,7 +55,7 @@ def many():
     """A base and 64 models on it: every method, ranks 1 … 64, targets from two linears to the embedding."""
     base, models = tiny_llama(), {}
     for i in range(64):
-        method = list(SPECS)[i % len(SPECS)] if i % 2 else "LoRA"
+        method = list(SPECS)[i // 2 % len(SPECS)] if i % 2 else "LoRA"
         rng = random.Random(i)
         targets = rng.choice(TARGETS[: None if method in EMBEDS else 4])
         rank = rng.choice([1, 2, 3, 5, 8, 16, 33, 64])
@@ -167,10 +168,9 @@ def test_every_kind_of_model(family):
     assert states_equal(bank.model, base)
 
 
-@pytest.mark.parametrize("how", ["int8", "int4-group", "nf4"])
+@pytest.mark.parametrize("how", ["int8", "int4-group", "nf4", "bitsandbytes"])
 def test_a_quantised_base(how):
-    base = tiny_llama()
-    quantise(base, quantiser(how))
+    base = model_of("llama-bnb4") if how == "bitsandbytes" else quantise(tiny_llama(), quantiser(how))
     models = {"a": adapted(base, 1, dl.LoRA(r=4, targets="all-linear")), "b": adapted(base, 2, dl.DoRA(r=2))}
     bank = dl.AdapterBank(copy.deepcopy(base), models)
     ids = tokens(3)
@@ -431,6 +431,14 @@ def test_an_adapter_that_trains_the_shared_base_is_refused_and_the_base_untouche
         with pytest.raises(UserError, match="the base is shared"):
             bank.add("new", source)
     assert all(torch.equal(value, before[key]) for key, value in bank.model.state_dict().items())
+    assert bank.names == ["sql"]
+
+
+@pytest.mark.parametrize("spec", [dl.Bottleneck(), dl.ZeroInitPrefix()], ids=["Bottleneck", "ZeroInitPrefix"])
+def test_a_whole_sublayer_is_refused_by_name(spec):
+    bank = bank_of("sql")
+    with pytest.raises(UserError, match=rf"acts on 'model.layers.*rows of a batch(.|\n)*{type(spec).__name__}"):
+        bank.add("new", adapted(tiny_llama(), 0, spec))
     assert bank.names == ["sql"]
 
 

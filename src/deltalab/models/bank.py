@@ -22,6 +22,7 @@ from deltalab.deltas.base import Delta
 from deltalab.deltas.sites import Place, places
 from deltalab.models.generate import Generation, Prompt, generate
 from deltalab.models.load import load_tokenizer
+from deltalab.quant import foreign
 
 KEPT_RUNS = 4
 """Assignments of rows whose stacked tensors are kept to be used again; each is a copy of the adapters that it uses."""
@@ -44,6 +45,7 @@ class AdapterBank:
     ) -> None:  # fmt: skip
         self.model, self._tokenizer, self._key = model, tokenizer, next(_keys)
         self._base = twin(model)
+        foreign.hold(model)
         self._table: Mapping[str, Adapter] = {}
         self._runs: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
         self._open, self._closed = 0, False
