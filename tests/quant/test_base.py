@@ -318,16 +318,3 @@ def test_loftq_starts_closer_than_quantising_does_and_closer_with_more_steps(bit
         totals.append(sum(errors))
         assert steps > 1 or errors == pytest.approx(list(fitted.values()), rel=1e-4)
     assert totals[0] > totals[1] > totals[2]
-
-
-def test_codes_are_not_written_where_no_loader_reads_them(tmp_path):
-    model = dl.adapt(base(), dl.QALoRA(r=2, targets="all-linear"))
-    plain = dl.adapt(base(), dl.LoRA(r=2, targets="all-linear"))
-    for held in (model, dl.merged(model), copy.deepcopy(model), dl.unload(model)):
-        with pytest.raises(dl.UserError, match="no format for its codes"):
-            held.save_pretrained(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    merged = dl.merged(perturbed(plain))
-    merged.save_pretrained(tmp_path / "whole")
-    again = type(merged).from_pretrained(tmp_path / "whole")
-    assert torch.equal(again(tokens()).logits, merged(tokens()).logits)

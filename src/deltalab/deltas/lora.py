@@ -103,6 +103,10 @@ class LoRA(LowRankSpec):
     def calibrates(self) -> bool:
         return self.init == "eva"
 
+    @property
+    def looks(self) -> bool:
+        return self.init in LOOKING
+
     def settle(self, model: nn.Module, paths: list[str], start: Start) -> tuple[Self, list[str]]:
         """Ranks go where the inputs have the directions that say most; modules left without one are not adapted.
 

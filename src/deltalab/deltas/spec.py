@@ -98,6 +98,11 @@ class DeltaSpec(Spec, abc.ABC):
         """Whether a fresh adapter needs batches of inputs to begin, `Start.calibration`."""
         return False
 
+    @property
+    def looks(self) -> bool:
+        """Whether a fresh adapter's start depends on the weights as they are before they are quantised with it."""
+        return False
+
     def settle(self, model: nn.Module, paths: list[str], start: Start) -> tuple[Self, list[str]]:
         """What a fresh adapter's spec and modules come to once it has seen the base: where a start decides on ranks."""
         return self, paths

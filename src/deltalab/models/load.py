@@ -22,6 +22,8 @@ from deltalab.deltas import adapt as deltas
 from deltalab.deltas.quantise import quantise
 from deltalab.models.heads import auto_class
 from deltalab.models.precision import require_bfloat16
+from deltalab.models.quantised import forget_reading, reading
+from deltalab.quant.base import QuantisedLinear
 from deltalab.quant.linear import quantiser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -47,19 +49,21 @@ def load(
     dtype: None is float32, in which measures are defined; "auto" is the file's own.
     head: what sits on the model's body, see `deltalab.models.heads`: CausalLM, SequenceClassification, …; None is what its
     config says.
-    quantize: `int4-group` or `int8`: the linears of the blocks become codes in groups of `group_size` inputs, see
-    `deltalab.quant.groups`; None for groups of 32 or the next smaller size that fits.
-    adapt: what to put on it at once, see `deltalab.adapt`, with its seed and calibration. Where it is quantised too, a
-    start looks at the weights before, and LoftQ's at what quantising does to them.
+    quantize: `nf4`, `int8` or `int4-group`: the linears of the blocks become codes, in groups of `group_size` inputs (nf4:
+    blocks of `group_size` weights), see `deltalab.quant`; None for the usual size. Each is quantised as it is read, so there
+    is no full-precision copy of the model. A model that is quantised already, by bitsandbytes or saved from here, is
+    loaded as it is.
+    adapt: what to put on it at once, see `deltalab.adapt`, with its seed and calibration. A start that looks at the
+    weights before they are quantised (PiSSA, OLoRA, LoftQ, EVA) has the model loaded whole first.
     Raises: UserError if a file is missing, cut off or pickled, if the file's tensors are not the model's, the hub
-    cannot be reached, the model is bfloat16 where nothing here computes in it, it cannot be quantised so, or as
-    `deltalab.adapt`.
+    cannot be reached, the model is bfloat16 where nothing here computes in it, it cannot be quantised so or is quantised in
+    a way that is not read, or as `deltalab.adapt`.
     """
     name = str(name)
     wanted, how = _dtype(dtype), None if quantize is None else quantiser(quantize, group_size)
     if how is None and group_size is not None:
         raise UserError(
-            "group_size says how to quantise, and nothing is quantised.", next="quantize='int4-group' or 'int8'"
+            "group_size says how to quantise, and nothing is quantised.", next="quantize='nf4', 'int8' or 'int4-group'"
         )
     source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -72,18 +76,12 @@ def load(
             device_map=device_map,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # another shape is told below, by name
             **options,
-        )  # fmt: skip - another shape is told below, by name
-    missing = sorted(info["missing_keys"])
-    if missing or info["mismatched_keys"]:
-        what = (
-            f"lacks {len(missing)} tensors, the first is {missing[0]}"
-            if missing
-            else f"has another shape for {next(iter(info['mismatched_keys']))[0]}"
+            **reading(name, config, quantize, how, adapt),
         )
-        raise UserError(f"the weights of '{name}' are not those of a {type(model).__name__}: the file {what}.",
-                        found=f"{len(info['unexpected_keys'])} tensors not expected", next="check config.json, or load the model that the weights belong to")  # fmt: skip
+    _require_whole(name, model, info)
+    forget_reading(model)
     _pad(model, tokenizer)
     if model.dtype is torch.bfloat16 and not torch.accelerator.is_available():
         require_bfloat16(model.device, "dtype='float32'")
@@ -91,7 +89,8 @@ def load(
         model.config._name_or_path = name  # the folder depends on the machine
     model.eval()
     if how is not None:
-        quantise(model, how, adapt, seed=seed, calibration=calibration)
+        streamed = [path for path, module in model.named_modules() if isinstance(module, QuantisedLinear)]
+        quantise(model, how, adapt, seed=seed, calibration=calibration, streamed=streamed)
     elif adapt is not None:
         deltas.adapt(model, adapt, seed=seed, calibration=calibration)
     return model, tokenizer
@@ -121,6 +120,19 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
+
+
+def _require_whole(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raises: UserError if tensors of the model were not in the file, or in another shape."""
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        what = (
+            f"lacks {len(missing)} tensors, the first is {missing[0]}"
+            if missing
+            else f"has another shape for {next(iter(info['mismatched_keys']))[0]}"
+        )
+        raise UserError(f"the weights of '{name}' are not those of a {type(model).__name__}: the file {what}.",
+                        found=f"{len(info['unexpected_keys'])} tensors not expected", next="check config.json, or load the model that the weights belong to")  # fmt: skip
 
 
 def check_folder(folder: Path) -> None:

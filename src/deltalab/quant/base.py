@@ -73,7 +73,8 @@ class QuantisedLinear(nn.Module, abc.ABC):
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         for name, scale in before.items():
-            if scale is not None and getattr(self, name).dtype is not self.scale_dtype():
+            moved = scale is not None and scale.is_floating_point()  # nested scales are codes
+            if moved and getattr(self, name).dtype is not self.scale_dtype():
                 setattr(self, name, scale.to(self.codes.device, self.scale_dtype()))
         return self
 

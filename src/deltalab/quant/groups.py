@@ -31,13 +31,13 @@ class Quantised(NamedTuple):
 
 
 def quantise(W: Float[Tensor, "out in"], bits: int, group: int) -> Quantised:
-    """The codes of W. Quantising what `dequantise` gives finds the same codes again.
+    """The codes of W, on the meta device their shapes alone. Quantising what `dequantise` gives finds the same codes again.
 
     Raises: UserError if `group` does not divide the number of inputs, or an entry is not finite.
     """
     require_group(W.shape[1], group)
     parts = W.to(torch.promote_types(W.dtype, torch.float32)).unflatten(1, (-1, group))
-    if not bool(parts.isfinite().all()):
+    if not parts.is_meta and not bool(parts.isfinite().all()):
         raise UserError("a weight that is not finite cannot be quantised.", found=f"a matrix {tuple(W.shape)}")
     low, high = parts.aminmax(dim=-1)
     scale = (high - low) / (2**bits - 1)

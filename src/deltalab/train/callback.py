@@ -18,7 +18,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.files import replacing
 from deltalab.deltas.attach import Adapted
 from deltalab.deltas.peft_format import save_adapter, trained_state, write_adapter
-from deltalab.deltas.quantise import save_whole
+from deltalab.deltas.save import save_whole
 from deltalab.deltas.schedule import adapted_in, penalty, step
 from deltalab.deltas.weights import is_adapted
 
