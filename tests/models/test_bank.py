@@ -111,6 +111,21 @@ def test_the_products_are_pooled_and_no_base_weight_is_copied(monkeypatch):
     assert bank.nbytes == want
 
 
+@pytest.mark.parametrize("length", [1, MANY])
+def test_like_ranks_and_like_numbers_of_rows_are_padded_to_one_stack(length):
+    base = tiny_llama()
+    models = {f"r{r}": adapted(base, 0, dl.LoRA(r=r, targets="all-linear")) for r in (3, 4, 17, 30)}
+    bank = dl.AdapterBank(copy.deepcopy(base), models)
+    names = ["r3"] * 3 + ["r4"] * 4 + ["r17"] * 5 + ["r30"] * 8 + [None] * 2
+    for _ in range(2):
+        ids = tokens(len(names), length)
+        with bank.rows(names):
+            got = logits(bank.model, ids)
+        for one, name, row in zip(got, names, ids, strict=True):
+            assert_close_by_norm(one, logits(models.get(name, base), row[None])[0], 1e-5)
+        random.Random(1).shuffle(names)
+
+
 def test_low_rank_adapters_in_peft_give_the_same_mixed_batch(tmp_path):
     base, names = tiny_llama(), {}
     for i, (r, targets) in enumerate([(1, "q,v"), (8, "all-linear"), (64, "attention"), (3, "mlp")]):
