@@ -61,13 +61,12 @@ def generate(
     come from the most probable tokens whose probabilities add up to it (arXiv:1904.09751). seed: of the
     samples; the same prompt given twice gets two samples. too_long: for a prompt that leaves no room in the context:
     an error, or `cut` its beginning off (marked in the result). A reply ends at the context's end.
-    on_progress(done, total) is called after each batch; on_text(piece), for a single prompt, as its reply comes: the
-    pieces together are its text. around(indices), of the prompts of a batch, is a context that the batch runs in.
+    on_progress(done, total) is called after each batch; on_text(piece), for a single prompt, after each token: the
+    pieces, some of them empty, together are the reply's text, and what it raises ends the reply. around(indices), of the
+    prompts of a batch, is a context that the batch runs in.
     Raises: UserError for a prompt that is too long or empty, or an argument out of range.
     """
-    if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(f"cannot generate with max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}, top_p={top_p}.",
-                        next="the first two are at least 1, the temperature at least 0, top_p above 0 and at most 1")  # fmt: skip
+    require_settings(max_new_tokens, batch_size, temperature, top_p)
     if on_text is not None and len(prompts) != 1:
         raise UserError("on_text follows the reply to one prompt.", found=f"{len(prompts)} prompts")
     texts = [_text(tokenizer, prompt, system, template) for prompt in prompts]
@@ -87,6 +86,23 @@ def generate(
             if on_progress:
                 on_progress(len(results), len(rows))
     return [results[i] for i in range(len(rows))]
+
+
+def require_settings(
+    max_new_tokens: int = 1, batch_size: int = 1, temperature: float = 0.0, top_p: float = 1.0
+) -> None:
+    """Raises: UserError for a value that `generate` cannot work with."""
+    faults = [
+        *([f"max_new_tokens={max_new_tokens}"] if max_new_tokens < 1 else []),
+        *([f"batch_size={batch_size}"] if batch_size < 1 else []),
+        *([f"temperature={temperature}"] if not 0 <= temperature < math.inf else []),
+        *([f"top_p={top_p}"] if not 0 < top_p <= 1 else []),
+    ]
+    if faults:
+        raise UserError(
+            f"cannot generate with {', '.join(faults)}.",
+            next="numbers of tokens and prompts are at least 1, the temperature at least 0, top_p above 0 and at most 1",
+        )
 
 
 def first_token_logprobs(
@@ -165,18 +181,20 @@ class _Stream(BaseStreamer):
             self.ids += new[:end]
             self.ended = end < len(new)
             text = self._text()
-            self._hand_on(text[: len(text.rstrip("\ufffd"))])  # a character may lack bytes that are still to come
+            self.say(self._rest(text.rstrip("\ufffd")))  # a character may lack bytes that are still to come
 
     def end(self) -> None:
-        self._hand_on(self._text())
+        self.say(self._rest(self._text()))
 
     def _text(self) -> str:
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
-    def _hand_on(self, text: str) -> None:
-        if text.startswith(self.said) and text != self.said:
-            piece, self.said = text[len(self.said) :], text
-            self.say(piece)
+    def _rest(self, text: str) -> str:
+        """What of the text was not said yet."""
+        if not text.startswith(self.said):
+            return ""
+        piece, self.said = text[len(self.said) :], text
+        return piece
 
 
 def _reply(

@@ -9,7 +9,9 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[threading.Event]:
+def interrupts(
+    say: str = "stopping after this step, with a checkpoint; Ctrl-C again stops at once",
+) -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event, so that the step under way ends whole; the second one stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -20,7 +22,8 @@ def interrupts() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if say:
+            print(f"\n{say}", file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -5,6 +5,7 @@ from typing import Literal
 from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row, read_rows
+from deltalab.data.prompts import CHATS, turns_of
 from deltalab.data.tasks.base import Limit, Task
 
 COLUMNS = (
@@ -15,8 +16,6 @@ COLUMNS = (
     ("question", "", "answer"),
 )
 """Known layouts: the instruction, what it is about (may be absent or empty), the reply."""
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
 class InstructTask(Task):
@@ -47,7 +46,7 @@ class InstructTask(Task):
         )
 
     def _conversation(self, row: Row) -> Conversation:
-        for key in ("messages", "conversations"):
+        for key in CHATS:
             if key in row.values:
                 return self._chat(row, row.values[key])
         for ask, about, reply in COLUMNS:
@@ -60,21 +59,7 @@ class InstructTask(Task):
                         nearest=["messages", *(f"{ask} + {reply}" for ask, _, reply in COLUMNS)])  # fmt: skip
 
     def _chat(self, row: Row, messages: object) -> Conversation:
-        if not isinstance(messages, list) or not messages:
-            raise UserError(
-                f"{row.where}: messages must be a list with a message in it.",
-                found=f"{type(messages).__name__} {str(messages)[:60]}",
-            )
-        turns = []
-        for number, message in enumerate(messages, 1):
-            where = f"{row.where}, message {number}"
-            if not isinstance(message, dict):
-                raise UserError(f"{where}: a message must be an object with role and content.", found=str(message)[:60])
-            role = message.get("role", message.get("from"))
-            if role not in ROLES:
-                raise UserError(f"{where}: role {role!r} is not known.", nearest=sorted(set(ROLES)))
-            content = Row(message, where).text("content" if "content" in message or "value" not in message else "value")
-            turns.append({"role": ROLES[role], "content": content})
+        turns = turns_of(row, messages)
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         return Conversation(tuple(turns))
