@@ -124,7 +124,7 @@ LONG = {**NARROW, "head_dim": 12}
 ARCHITECTURES = {
     "llama": Architecture(lambda: tiny_llama(mlp=MLP), plain),
     "llama-head_dim": Architecture(lambda: causal("Llama", **LONG), plain),
-    "llama-bias": Architecture(lambda: tiny_llama(mlp=MLP, bias=True), plain),
+    "llama-bias": Architecture(lambda: stirred(tiny_llama(mlp=MLP, bias=True)), plain),
     "mistral": Architecture(lambda: causal("Mistral", **NARROW, sliding_window=5), plain),
     "qwen2": Architecture(lambda: causal("Qwen2", **NARROW), plain),
     "qwen3": Architecture(lambda: causal("Qwen3", **LONG), norm_of_heads),
@@ -135,7 +135,7 @@ ARCHITECTURES = {
     "phi": Architecture(lambda: causal("Phi", **NARROW), plain, "dense"),
     "phi3": Architecture(lambda: causal("Phi3", **NARROW), phi3),
     "gpt_neox": Architecture(lambda: model_of("gpt_neox"), gpt_neox, "dense", "attention"),
-    "gpt2": Architecture(tiny_gpt2, gpt2, "c_proj", "attn"),
+    "gpt2": Architecture(lambda: stirred(tiny_gpt2()), gpt2, "c_proj", "attn"),
     "olmo2": Architecture(lambda: causal("Olmo2", **NARROW), norm_of_all),
     "cohere": Architecture(lambda: causal("Cohere", **NARROW, use_qk_norm=True), cohere),
     "opt": Architecture(
@@ -146,13 +146,18 @@ ARCHITECTURES = {
 
 
 def causal(name: str, config: str = "", **options: Any) -> nn.Module:
-    """A random model in eval mode, its norms and biases away from where they start."""
+    """A random model in eval mode."""
     torch.manual_seed(0)
     made = getattr(transformers, config or f"{name}Config")(**options)
-    model = getattr(transformers, f"{name}ForCausalLM")(made).eval()
+    return stirred(getattr(transformers, f"{name}ForCausalLM")(made).eval())
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """Norms and biases away from where they start, at one and at zero, where their part would not be seen."""
+    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 1 or (parameter.ndim == 2 and parameter.shape[1] < 32):
-            nn.init.normal_(parameter, mean=0.5, std=0.1)
+            nn.init.normal_(parameter, mean=0.5, std=0.1, generator=generator)
     return model
 
 

@@ -99,11 +99,11 @@ class ZeroInitPrefix(DeltaSpec):
     def peft_paths(cls, model: nn.Module, config: dict[str, Any]) -> list[str]:
         """Raises: UserError for a name or a number that the model does not have."""
         name, count = config.get("target_modules"), config.get("adapter_layers")
-        there = (
-            _named(model, str(name))
-            if name
-            else [p for p, where in sublayers(model).items() if where.kind == "attention"]
-        )
+        odd = [key for key in ("exclude_modules", "layers_to_transform") if config.get(key)]
+        if odd:
+            raise UserError(f"the adapter's config has {odd[0]}, which an adaption prompt of peft has not.")
+        own = [path for path, where in sublayers(model).items() if where.kind == "attention"]
+        there = own if name is None else _named(model, str(name))
         if not isinstance(count, int) or not 0 < count <= len(there):
             raise UserError(
                 f"the adapter's config asks for the last {count} modules called {name!r} of {model_name(model)}.",
@@ -114,13 +114,8 @@ class ZeroInitPrefix(DeltaSpec):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], paths: list[str]) -> Self:
-        fields = {
-            "targets": paths,
-            "length": config.get("adapter_len"),
-            "gate": "linear",
-            "gate_per": "layer",
-            "std": 1.0,
-        }
+        gate = {"gate": "linear", "gate_per": "layer", "std": 1.0}  # peft's prompts begin at a standard normal
+        fields = {"targets": paths, "length": config.get("adapter_len"), **gate}
         return build(cls, fields, "the adapter's config")
 
     def begin_again(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
