@@ -212,6 +212,37 @@ MUTANTS = [
         "an arm compared with the free arm of another cell", "studies/conclusions.py", "if arm.cell == name]) for name", "]) for name",
         "tests/studies/test_conclusions.py",
     ),
+    mutant(
+        "a bank's padded rows counted in", "deltas/bank.py", "change if stack.real is None else change[stack.real]",
+        "change[: len(stack.to)]", "tests/models/test_bank.py",
+    ),
+    Mutant(
+        "a bank's rows are every thread's",
+        (
+            ("deltas/bank.py", "run = _RUNS.get({}).get(self.bank)", "run = RUNS.get(self.bank)"),
+            ("deltas/bank.py", "    token = _RUNS.set({**_RUNS.get({}), bank: run})", "    before = RUNS.get(bank)\n    RUNS[bank] = run"),
+            ("deltas/bank.py", "        _RUNS.reset(token)", "        RUNS[bank] = before"),
+            ("deltas/bank.py", "class BankDelta(Delta):", "RUNS = {}\n\n\nclass BankDelta(Delta):"),
+        ),
+        ("tests/models/test_bank_load.py",),
+    ),
+    mutant(
+        "a removed adapter is taken from who runs with it", "models/bank.py",
+        "self._table = {other: adapter for other, adapter in self._table.items() if other != name}",
+        "del self._table[name]; gone.entries.clear()", "tests/models/test_bank_load.py",
+    ),
+    mutant(
+        "a sign elected by what agrees least", "deltas/combine.py", "sign = torch.stack(parts).sum(0).sign()",
+        "sign = -torch.stack(parts).sum(0).sign()", "tests/deltas/test_combine.py",
+    ),
+    mutant(
+        "dropped entries not made up for", "deltas/combine.py", "keep.to(change.device) / density",
+        "keep.to(change.device)", "tests/deltas/test_combine.py",
+    ),
+    mutant(
+        "what combining lost not told", "deltas/combine.py", "return _Best(found, norm, float(lost))",
+        "return _Best(found, norm, 0.0)", "tests/deltas/test_combine.py",
+    ),
 ]  # fmt: skip
 
 

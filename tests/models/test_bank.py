@@ -1,12 +1,7 @@
-"""Many adapters on one base: a mixed batch is its single runs, and adapters come and go while it runs."""
+"""Many adapters on one base: a mixed batch is its single runs, whatever the methods, ranks, models and bases."""
 
 import copy
-import functools
-import gc
 import random
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -15,58 +10,14 @@ import transformers
 from torch import nn
 
 import deltalab as dl
-from deltalab.core.errors import UserError
 from deltalab.deltas.adapt import attached
 from deltalab.deltas.bank import MANY
-from deltalab.deltas.base import shape_of
 from deltalab.deltas.quantise import quantise
 from deltalab.quant.linear import quantiser
-from tests.deltas.perturb import perturbed, states_equal
+from tests.deltas.perturb import states_equal
 from tests.families import inputs, model_of
 from tests.helpers import assert_close_by_norm, byte_tokenizer, error_by_norm, tiny_llama, tokens
-
-TARGETS = ["q,v", "attention", "mlp", "all-linear", ["q_proj", "lm_head"], ["embed_tokens", "k_proj"]]
-SPECS = {
-    "LoRA": lambda r, targets: dl.LoRA(r=r, alpha=2 * r, targets=targets),
-    "rsLoRA": lambda r, targets: dl.LoRA(r=r, rank_stabilised=True, dropout=0.1, targets=targets),
-    "PiSSA": lambda r, targets: dl.LoRA(r=min(r, 16), init="pissa", targets=targets),
-    "DoRA": lambda r, targets: dl.DoRA(r=r, targets=targets),
-    "AdaLoRA": lambda r, targets: dl.AdaLoRA(targets=targets),
-    "IA3": lambda r, targets: dl.IA3(targets=targets),
-    "VeRA": lambda r, targets: dl.VeRA(r=r, targets=targets),
-    "QALoRA": lambda r, targets: dl.QALoRA(r=r, group_size=4, targets=targets),
-    "LoRAExperts": lambda r, targets: dl.LoRAExperts(r=min(r, 8), targets=targets),
-}
-EMBEDS = {"LoRA", "rsLoRA", "DoRA"}
-
-
-def adapted(base, seed, *specs):
-    """A copy of a base with an adapter that does something; where seed % 8 is 6, one of its changes is masked."""
-    model = perturbed(dl.adapt(copy.deepcopy(base), list(specs)), size=0.2, seed=seed)
-    if seed % 8 == 6:
-        path, delta = next(iter(attached(model).items()))
-        mask = torch.rand(shape_of(model.get_submodule(path)), generator=torch.Generator().manual_seed(seed))
-        delta.keep = mask < 0.5
-    return model.eval()
-
-
-@functools.cache
-def many():
-    """A base and 64 models on it: every method, ranks 1 … 64, targets from two linears to the embedding."""
-    base, models = tiny_llama(), {}
-    for i in range(64):
-        method = list(SPECS)[i // 2 % len(SPECS)] if i % 2 else "LoRA"
-        rng = random.Random(i)
-        targets = rng.choice(TARGETS[: None if method in EMBEDS else 4])
-        rank = rng.choice([1, 2, 3, 5, 8, 16, 33, 64])
-        models[f"a{i}"] = adapted(base, i, SPECS[method](rank, targets))
-    assert any(delta.keep is not None for model in models.values() for delta in attached(model).values())
-    return base, models
-
-
-@torch.no_grad()
-def logits(model, ids, **more):
-    return model(input_ids=ids, **more).logits
+from tests.models.banks import adapted, logits, many
 
 
 @pytest.mark.parametrize(("length", "order"), [(1, "in order"), (1, "mixed"), (12, "unbalanced"), (MANY + 1, "mixed")])
@@ -239,144 +190,6 @@ def test_beams_are_rows_side_by_side(family):
         assert torch.equal(got[i], model.generate(ids, **options, min_new_tokens=8)[i])
 
 
-def test_blocks_nest_and_are_their_threads_own():
-    base, models = many()
-    bank = dl.AdapterBank(copy.deepcopy(base), {name: models[name] for name in ("a0", "a2")})
-    ids, want = tokens(1), {name: logits(models[name], tokens(1)) for name in ("a0", "a2")}
-    with bank.rows(["a0"]):
-        with bank.rows(["a2"]):
-            assert_close_by_norm(logits(bank.model, ids), want["a2"], 1e-5)
-            with bank.rows([None]):
-                assert torch.equal(logits(bank.model, ids), logits(base, ids))
-        assert_close_by_norm(logits(bank.model, ids), want["a0"], 1e-5)
-        with ThreadPoolExecutor(1) as pool:
-            assert torch.equal(pool.submit(logits, bank.model, ids).result(), logits(base, ids))
-    with pytest.raises(ZeroDivisionError), bank.rows(["a0"]):
-        raise ZeroDivisionError
-    assert torch.equal(logits(bank.model, ids), logits(base, ids))
-
-
-def test_two_banks_on_two_models():
-    base, models = many()
-    banks = [dl.AdapterBank(copy.deepcopy(base), {"x": models[name]}) for name in ("a0", "a2")]
-    with banks[0].rows(["x"]), banks[1].rows(["x"]):
-        got = [logits(bank.model, tokens(1)) for bank in banks]
-    for one, name in zip(got, ("a0", "a2"), strict=True):
-        assert_close_by_norm(one, logits(models[name], tokens(1)), 1e-5)
-
-
-def test_a_run_keeps_what_it_began_with_and_then_lets_go():
-    base, models = many()
-    bank = dl.AdapterBank(copy.deepcopy(base), {"x": models["a0"], "y": models["a2"]})
-    gone = weakref.ref(bank._table["x"])
-    ids = tokens(2)
-    with bank.rows(["x", "y"]):
-        want = logits(bank.model, ids)
-        bank.remove("x")
-        bank.add("x", models["a4"])
-        assert torch.equal(logits(bank.model, ids), want)
-        with pytest.raises(UserError, match="in use"):
-            bank.close()
-    gc.collect()
-    assert gone() is None
-    with bank.rows(["x", "y"]):
-        now = logits(bank.model, ids)
-    assert_close_by_norm(now[0], logits(models["a4"], ids)[0], 1e-5)
-    assert_close_by_norm(now[1], want[1], 1e-6)
-
-
-def hammer(bank, models, volatile, rounds, seconds):
-    """Threads run random rows and check every one, while others add and remove. Returns (rows run, requests refused, changes)."""
-    lengths = (1, 5, MANY)
-    ids = {n: tokens(1, n, seed=n) for n in lengths}
-    want = {name: {n: logits(model, ids[n])[0] for n in lengths} for name, model in models.items()}
-    ran, refused, changes, faults, stop = [], [], [], [], threading.Event()
-
-    def runs(seed):
-        rng = random.Random(seed)
-        for _ in range(rounds):
-            names = rng.choices([*models], k=rng.choice([1, 3, 6]))
-            n = rng.choice(lengths)
-            try:
-                with bank.rows([None if name == "base" else name for name in names]):
-                    for _ in range(2):
-                        got = logits(bank.model, ids[n].expand(len(names), -1))
-                        for name, one in zip(names, got, strict=True):
-                            assert_close_by_norm(one, want[name][n], 1e-5)
-                ran.append(len(names))
-            except UserError as error:
-                assert "has no adapter" in str(error), error
-                assert any(f"'{name}'" in str(error) for name in volatile)
-                refused.append(1)
-
-    def churns(seed):
-        rng = random.Random(seed)
-        own = [name for i, name in enumerate(volatile) if i % 2 == seed % 2]
-        while not stop.is_set():
-            name = rng.choice(own)
-            if name in bank:
-                bank.remove(name)
-            else:
-                bank.add(name, volatile[name])
-            changes.append(1)
-
-    def guarded(task, seed):
-        try:
-            task(seed)
-        except BaseException as error:
-            faults.append(error)
-
-    workers = [threading.Thread(target=guarded, args=(runs, i)) for i in range(3)]
-    churning = [threading.Thread(target=guarded, args=(churns, i)) for i in range(2)]
-    for thread in [*workers, *churning]:
-        thread.start()
-    for thread in workers:
-        thread.join(seconds)
-    stop.set()
-    for thread in churning:
-        thread.join(seconds)
-    assert not faults, faults
-    assert not any(thread.is_alive() for thread in [*workers, *churning])
-    assert len(ran) + len(refused) == 3 * rounds
-    return sum(ran), len(refused), len(changes)
-
-
-@pytest.mark.parametrize("rounds", [25, pytest.param(400, marks=pytest.mark.slow)])
-def test_adding_and_removing_under_load_loses_nothing(tmp_path, rounds):
-    base, all_models = many()
-    models = {name: all_models[name] for name in ("a0", "a2", "a3", "a5", "a6", "a7", "a8", "a9")}
-    volatile = {}
-    for name in ("a5", "a6", "a8", "a9"):
-        volatile[name] = tmp_path / name if name != "a6" else models[name]
-        if name != "a6":
-            dl.deltas.peft_format.write_adapter(models[name], tmp_path / name)
-    bank = dl.AdapterBank(copy.deepcopy(base), {name: model for name, model in models.items() if name not in volatile})
-    rows, refused, changes = hammer(bank, {**models, "base": base}, volatile, rounds, 300)
-    assert rows > rounds
-    assert refused
-    assert changes > 10
-    for name in set(bank.names) & set(volatile):
-        bank.remove(name)
-    assert set(bank.names) == set(models) - set(volatile)
-    bank.close()
-    assert states_equal(bank.model, base)
-
-
-def test_generation_while_adapters_come_and_go():
-    base, models = many()
-    tokenizer = byte_tokenizer()
-    bank = dl.AdapterBank(copy.deepcopy(base), {"x": models["a0"], "y": models["a2"]}, tokenizer)
-    want = [
-        dl.generate(model, tokenizer, ["hello"], max_new_tokens=16)[0] for model in (models["a0"], base, models["a2"])
-    ]
-    with ThreadPoolExecutor(3) as pool:
-        replies = [pool.submit(bank.generate, ["hello"] * 3, ["x", None, "y"], max_new_tokens=16) for _ in range(6)]
-        for i in range(10):
-            bank.add(f"new{i}", models[f"a{i}"])
-            bank.remove(f"new{i}")
-        assert all(reply.result() == want for reply in replies)
-
-
 def test_a_bank_prints_and_counts():
     base, models = many()
     bank = dl.AdapterBank(copy.deepcopy(base), {"fr": models["a0"]})
@@ -388,136 +201,6 @@ def test_a_bank_prints_and_counts():
     assert head.split() == ["adapter", "delta", "rank", "modules", "bytes"]
     assert first.split()[:2] == ["fr", "LoRA"]
     assert second.split()[0] == "sql"
-
-
-def bank_of(*names):
-    base, models = many()
-    return dl.AdapterBank(copy.deepcopy(base), dict.fromkeys(names, models["a0"]), byte_tokenizer())
-
-
-def test_mistakes_are_told_in_words(tmp_path):
-    bank = bank_of("french", "sql")
-    with pytest.raises(UserError, match=r"no adapter 'frensh'(.|\n)*nearest: french"), bank.rows(["frensh"]):
-        pass
-    with pytest.raises(UserError, match=r"no adapter 'frensh'(.|\n)*nearest: french"):
-        bank.remove("frensh")
-    with pytest.raises(UserError, match="no adapter 'frensh'"):
-        bank.generate(["hi", "ho"], ["sql", "frensh"])
-    with pytest.raises(UserError, match="2 prompts and 1 adapters"):
-        bank.generate(["hi", "ho"], ["sql"])
-    for names in ("sql", []):
-        with pytest.raises(UserError, match="takes a list of names"), bank.rows(names):
-            pass
-    for rows, repeat in ((3, 1), (4, 1), (4, 3)):
-        with (
-            pytest.raises(UserError, match=rf"told of 2 rows, and '.*' gets {rows}"),
-            bank.rows(["sql", None], repeat=repeat),
-        ):
-            logits(bank.model, tokens(rows))
-    with pytest.raises(UserError, match="has an adapter 'sql' already"):
-        bank.add("sql", tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        bank.add("new", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no adapter"):
-        bank.add("new", tiny_llama())
-    with pytest.raises(UserError, match="does not fit 'model.layers.0"):
-        bank.add("new", adapted(tiny_llama(hidden=64), 0, dl.LoRA()))
-    with pytest.raises(UserError, match=r"adapts 'model.layers.2"):
-        bank.add("new", adapted(tiny_llama(layers=3), 0, dl.LoRA()))
-    assert bank.names == ["french", "sql"]
-    bank.close()
-    bank.close()
-    for ask in (
-        lambda: bank.add("x", tmp_path),
-        lambda: bank.generate(["hi"], [None]),
-        lambda: bank.rows([None]).__enter__(),
-    ):
-        with pytest.raises(UserError, match="closed"):
-            ask()
-
-
-@pytest.mark.parametrize("own", [dl.Train("norms"), dl.Train(["lm_head"])])
-def test_an_adapter_that_trains_the_shared_base_is_refused_and_the_base_untouched(tmp_path, own):
-    bank = bank_of("sql")
-    before = copy.deepcopy(bank.model.state_dict())
-    model = adapted(tiny_llama(), 0, dl.LoRA(), own)
-    dl.save_adapter(model, tmp_path)
-    for source in (tmp_path, model):
-        with pytest.raises(UserError, match="the base is shared"):
-            bank.add("new", source)
-    assert all(torch.equal(value, before[key]) for key, value in bank.model.state_dict().items())
-    assert bank.names == ["sql"]
-
-
-@pytest.mark.parametrize("spec", [dl.Bottleneck(), dl.ZeroInitPrefix()], ids=["Bottleneck", "ZeroInitPrefix"])
-def test_a_whole_sublayer_is_refused_by_name(spec):
-    bank = bank_of("sql")
-    with pytest.raises(UserError, match=rf"acts on 'model.layers.*rows of a batch(.|\n)*{type(spec).__name__}"):
-        bank.add("new", adapted(tiny_llama(), 0, spec))
-    assert bank.names == ["sql"]
-
-
-def test_what_has_no_rows_is_refused_by_name():
-    bank = dl.AdapterBank(model_of("mixtral"))
-    model = adapted(model_of("mixtral"), 0, dl.LoRA(targets="all-linear"))
-    with pytest.raises(UserError, match=r"acts on 'model.layers.0.mlp.experts.*rows of a batch"):
-        bank.add("experts", model)
-    assert len(bank) == 0
-
-
-def test_a_model_in_use_takes_no_other_adapter():
-    bank = bank_of("sql")
-    with pytest.raises(UserError, match=r"in use(.|\n)*bank.close"):
-        dl.adapt(bank.model, dl.LoRA())
-    with pytest.raises(UserError, match="adapted"):
-        dl.AdapterBank(bank.model)
-    with bank.rows(["sql"]):
-        logits(bank.model, tokens(1))
-    with pytest.raises(UserError, match="adapted"):
-        dl.AdapterBank(dl.adapt(tiny_llama(), dl.LoRA()))
-    with pytest.raises(UserError, match="input"):
-        dl.merged(bank.model)
-    bank.close()
-    assert attached(dl.adapt(bank.model, dl.LoRA()))
-
-
-def test_a_bank_that_cannot_begin_leaves_the_model_as_it_was(tmp_path):
-    model = tiny_llama().train()
-    with pytest.raises(UserError, match="does not exist"):
-        dl.AdapterBank(model, {"x": tmp_path / "nowhere"})
-    assert states_equal(model, tiny_llama().train())
-    assert all(module.training for module in model.modules())
-    model.lm_head.forward = model.lm_head.forward
-    with pytest.raises(UserError, match="forward"):
-        dl.AdapterBank(model)
-    del model.lm_head.forward
-    assert states_equal(model, tiny_llama().train())
-
-
-def test_gradients_reach_the_input_past_a_bank():
-    base, models = many()
-    names = ["a0", None, "a5", "a3"]
-    bank = dl.AdapterBank(copy.deepcopy(base), models)
-    x = torch.randn(4, 6, 32, requires_grad=True)
-    with bank.rows(names):
-        bank.model(inputs_embeds=x).logits.square().sum().backward()
-    for i, name in enumerate(names):
-        alone = x.detach()[i : i + 1].requires_grad_()
-        (base if name is None else models[name])(inputs_embeds=alone).logits.square().sum().backward()
-        assert_close_by_norm(x.grad[i], alone.grad[0], 1e-4)
-
-
-def test_runs_within_inference_mode_do_not_spoil_later_ones():
-    base, models = many()
-    bank = dl.AdapterBank(copy.deepcopy(base), {"a0": models["a0"], "a2": models["a2"]})
-    ids = tokens(2)
-    with torch.inference_mode(), bank.rows(["a0", "a2"]):
-        want = bank.model(input_ids=ids).logits
-    x = base.model.embed_tokens(ids).detach().requires_grad_()
-    with bank.rows(["a0", "a2"]):
-        got = bank.model(inputs_embeds=x).logits
-    got.sum().backward()
-    assert_close_by_norm(got, want, 1e-6)
 
 
 def test_the_bank_is_a_pass_through_for_transformers(tmp_path):
