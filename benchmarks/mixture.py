@@ -1,19 +1,25 @@
-"""A mixture of LoRA experts, two ways: every expert on every token with gates that are mostly zero, or each on its own tokens.
+"""What a mixture of LoRA experts costs.
 
     .venv/bin/python benchmarks/mixture.py
 
-Prints a step (forward and backward) of the delta alone, for a square linear: the median of each way's time and of their
-ratio over rounds that take turns, with quartiles.
+First the delta alone, forward and backward, two ways: every expert on every token with gates that are mostly zero, which is how it
+is done, or each expert on its own tokens. Then a training step of a random Llama (hidden 512, 4 layers, 4 × 256 tokens,
+deltas on every linear of the blocks), as a ratio to that with LoRA r 8. What is compared takes turns in one process, one
+thread; a ratio is the median over rounds, with the quartiles.
 """
 
+import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+import transformers
 from torch import Tensor
 
+import deltalab as dl
+from deltalab.deltas.adapt import param_groups
 from deltalab.deltas.lora_experts import mixture
 
 CASES = [
@@ -24,10 +30,28 @@ CASES = [
     (512, 2048, 8, 2, 16),
 ]
 """Tokens, width, experts, top_k, r."""
+Run = Callable[[], object]
+
+
+def ratios(runs: Mapping[str, Run], rounds: int) -> dict[str, str]:
+    """Of each the time over that of the first, as it is printed."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - began)
+    first = next(iter(times.values()))
+    shown = {}
+    for name, mine in times.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, first, strict=True)], n=4)
+        shown[name] = f"{1000 * statistics.median(mine):8.1f} ms   {middle:.2f} [{low:.2f}, {high:.2f}]"
+    return shown
 
 
 def sorted_by_expert(x: Tensor, gates: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The same, each expert on the tokens that it was sent."""
+    """What `mixture` computes, each expert on the tokens that it was sent."""
     y = x.new_zeros(len(x), len(B))
     for e in range(len(A)):
         tokens = gates[:, e].detach().nonzero()[:, 0]
@@ -36,28 +60,59 @@ def sorted_by_expert(x: Tensor, gates: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return y
 
 
-def step(way: Callable[..., Tensor], leaves: list[Tensor]) -> float:
-    began = time.perf_counter()
-    torch.autograd.grad(way(*leaves).sum(), leaves)
-    return time.perf_counter() - began
+def delta(tokens: int, width: int, experts: int, k: int, r: int) -> dict[str, Run]:
+    """Forward and backward of the delta, both ways, which agree."""
+    x, A, B = torch.randn(tokens, width), torch.randn(experts, r, width), torch.randn(width, experts, r)
+    top, chosen = torch.randn(tokens, experts).softmax(-1).topk(k)
+    gates = torch.zeros(tokens, experts).scatter(1, chosen, top)
+    leaves = [t.requires_grad_() for t in (x, gates, A, B)]
+    got, want = mixture(*leaves), sorted_by_expert(*leaves)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+    ways = {"gated": mixture, "sorted": sorted_by_expert}
+    return {name: lambda way=way: torch.autograd.grad(way(*leaves).sum(), leaves) for name, way in ways.items()}  # type: ignore[misc]
 
 
-def main(rounds: int) -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    for tokens, width, experts, k, r in CASES:
-        x, A, B = torch.randn(tokens, width), torch.randn(experts, r, width), torch.randn(width, experts, r)
-        top, chosen = torch.randn(tokens, experts).softmax(-1).topk(k)
-        gates = torch.zeros(tokens, experts).scatter(1, chosen, top)
-        leaves = [t.requires_grad_() for t in (x, gates, A, B)]
-        got, want = mixture(*leaves), sorted_by_expert(*leaves)
-        assert (got - want).norm() <= 1e-5 * want.norm()
-        times = [[step(way, leaves) for way in (mixture, sorted_by_expert)] for _ in range(rounds)]
-        gated, by_expert = (statistics.median(column) for column in zip(*times, strict=True))
-        low, middle, high = statistics.quantiles([b / a for a, b in times], n=4)
-        print(f"{tokens} tokens, width {width}, {k} of {experts} experts of rank {r}: gated {1000 * gated:.1f} ms, "
-              f"sorted {1000 * by_expert:.1f} ms, ratio {middle:.2f} [{low:.2f}, {high:.2f}]")  # fmt: skip
+def training() -> dict[str, Run]:
+    """A training step with each delta."""
+    config = transformers.LlamaConfig(
+        hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1376,
+        vocab_size=2048, max_position_embeddings=512,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).train()
+    ids = torch.randint(5, 2048, (4, 256))
+    every = {"targets": "all-linear"}
+    specs = {
+        "LoRA r 8": dl.LoRA(r=8, **every),
+        "LoRA r 16": dl.LoRA(r=16, **every),
+        "2 of 4 experts r 4": dl.LoRAExperts(experts=4, top_k=2, r=4, **every),
+        "the same, balance 0": dl.LoRAExperts(experts=4, top_k=2, r=4, balance=0, **every),
+        "4 of 4 experts r 4": dl.LoRAExperts(experts=4, top_k=4, r=4, **every),
+        "2 of 8 experts r 8": dl.LoRAExperts(experts=8, top_k=2, r=8, **every),
+    }
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        loss = model(input_ids=ids, labels=ids).loss
+        extra = dl.penalty(model)
+        (loss if extra is None else loss + extra).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps: dict[str, Run] = {}
+    for name, spec in specs.items():
+        model = dl.adapt(copy.deepcopy(base), spec)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-4))
+        steps[name] = lambda model=model, optimizer=optimizer: step(model, optimizer)  # type: ignore[misc]
+    return steps
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    for case in CASES:
+        print("{} tokens, width {}, {} experts, {} of them, r {}".format(*case))
+        for name, shown in ratios(delta(*case), rounds).items():
+            print(f"  {name:<22} {shown}")
+    print("a training step")
+    for name, shown in ratios(training(), rounds).items():
+        print(f"  {name:<22} {shown}")

@@ -9,6 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from deltalab.deltas.quantise import quantise
+from deltalab.deltas.select import block_linears
+from deltalab.quant import foreign
+from deltalab.quant.linear import quantiser
 from tests.helpers import tiny_gpt2, tiny_llama, tokens
 
 WIDTH, MLP, VOCAB = 32, 64, 270
@@ -18,9 +22,10 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Family(NamedTuple):
-    """A kind of model. merged: the bound on the merged model's logits, relative by norm.
+    """A kind of model. merged: the bound on the merged model's logits, relative by norm. double: the same in fp64.
 
     generates: it has a reply to give. experts: it holds some as 3-D parameters. embedding: its untied embedding, if any.
+    codes: its blocks' linears keep codes in place of a weight.
     """
 
     make: Callable[[], nn.Module]
@@ -28,6 +33,8 @@ class Family(NamedTuple):
     generates: bool = True
     experts: bool = False
     embedding: str | None = None
+    codes: bool = False
+    double: float = 1e-10
 
 
 def mixtral(*, experts: int = 4, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -92,6 +99,30 @@ def gpt_neox() -> nn.Module:
     return transformers.GPTNeoXForCausalLM(config)
 
 
+def quantised(model: nn.Module, name: str) -> nn.Module:
+    """The linears of the blocks as codes. Groups and blocks are smaller than usual, as the matrices are."""
+    return quantise(model, quantiser(name))
+
+
+def bitsandbytes4(model: nn.Module) -> nn.Module:
+    """A model as transformers leaves it that loads one in 4 bits: the blocks' linears are bitsandbytes' own.
+
+    They keep their codes as they are: on a CPU with bf16 instructions their forward would lay them out anew, and round.
+    It computes in fp32, whatever the model is cast to, and is wrong by a fifth for matrices below 2048 entries.
+    """
+    import bitsandbytes as bnb
+
+    for path, linear in block_linears(model, "4 bits").items():
+        made = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype,
+            quant_type="nf4", compress_statistics=True,
+        )  # fmt: skip
+        made.load_state_dict(linear.state_dict())
+        model.set_submodule(path, made.to("cpu").requires_grad_(False))
+    foreign.hold(model)
+    return model
+
+
 FAMILIES = {
     "llama": Family(lambda: tiny_llama(mlp=MLP), embedding="model.embed_tokens"),
     "llama-bf16": Family(
@@ -111,7 +142,22 @@ FAMILIES = {
     "t5": Family(t5),
     "phi3": Family(phi3, embedding="model.embed_tokens"),
     "gpt_neox": Family(gpt_neox, embedding="gpt_neox.embed_in"),
+    "llama-nf4": Family(
+        lambda: quantised(tiny_llama(mlp=MLP, bias=True), "nf4"), embedding="model.embed_tokens", codes=True
+    ),
+    "llama-int8": Family(lambda: quantised(tiny_llama(mlp=MLP), "int8"), embedding="model.embed_tokens", codes=True),
+    "gpt2-int4": Family(lambda: quantised(tiny_gpt2(), "int4-group"), codes=True),
+    "llama-bnb4": Family(
+        lambda: bitsandbytes4(tiny_llama(hidden=64, mlp=128)), embedding="model.embed_tokens", codes=True, double=1e-5
+    ),
 }
+
+REFUSED: dict[str, dict[str, str]] = {
+    "ZeroInitPrefix": dict.fromkeys(("bert", "bert-classifier"), "attention is no module of its own")
+    | {"t5": "can attend to other states"},
+    "QALoRA": dict.fromkeys(("llama-nf4", "llama-bnb4"), "group"),
+}
+"""Method -> the families that it does not go on, and what it says of each, a regular expression."""
 
 
 @functools.cache

@@ -4,13 +4,15 @@ import functools
 
 import torch
 from torch.func import functional_call
+from torch.nn import functional as F
 
 import deltalab as dl
+from deltalab.cli.methods import row_of
 from deltalab.deltas.base import Delta
-from deltalab.deltas.sites import Place
+from deltalab.deltas.sites import SUBLAYERS, Place, is_quantised
 from deltalab.deltas.spec import DeltaSpec
 from tests.deltas.perturb import perturbed
-from tests.families import FAMILIES, WIDTH, loss_of, model_of
+from tests.families import FAMILIES, WIDTH, inputs, loss_of, model_of
 from tests.helpers import tokens
 
 
@@ -30,17 +32,49 @@ def where_it_sits(test):
     return test
 
 
-def with_experts(test):
-    """For the methods that sit on experts."""
-    test.methods = lambda method: "experts" in method.sits_on
+def every_pair(test):
+    """Of all methods and all families, in the fast suite too, and also where a method refuses the family."""
+    test.every_pair = True
     return test
 
 
+def with_experts(test):
+    """For the methods that sit on experts."""
+    return _also(test, lambda method: "experts" in method.sits_on)
+
+
+def merging(test):
+    """For the methods that are a change of the weight."""
+    return _also(test, merges)
+
+
+def not_merging(test):
+    """For the methods that depend on the input."""
+    return _also(test, lambda method: not merges(method))
+
+
+def _also(test, wanted):
+    before = getattr(test, "methods", lambda method: True)
+    test.methods = lambda method: before(method) and wanted(method)
+    return test
+
+
+@functools.cache
+def merges(method):
+    """Whether a method's delta is a `WeightDelta`, as `deltalab methods` tells it."""
+    return row_of(method.__name__, method).merges == "yes"
+
+
+def blocks(method, family):
+    """Targets: each place of the blocks that the method can sit on."""
+    whole = [kind for kind in SUBLAYERS if kind in method.sits_on]
+    return whole or ["all-linear" if "experts" in method.sits_on or not FAMILIES[family].experts else "attention"]
+
+
 def everywhere(method, family):
-    """Targets: each weight of the blocks that the method can sit on, and the embedding."""
-    about = FAMILIES[family]
-    blocks = "all-linear" if "experts" in method.sits_on or not about.experts else "attention"
-    return [blocks, about.embedding] if "embedding" in method.sits_on and about.embedding else [blocks]
+    """The same, and the embedding."""
+    embedding = FAMILIES[family].embedding if "embedding" in method.sits_on else None
+    return [*blocks(method, family), embedding] if embedding else blocks(method, family)
 
 
 def adapted(method, family, *, moved=True):
@@ -79,6 +113,8 @@ def run(held: Place, kept=None, seed=0):
         args = (tokens(2, 5, held.W.shape[1]),)
     elif held.kind == "linear":
         args = (torch.randn(3, 5, held.W.shape[1], generator=generator, dtype=held.W.dtype),)
+        if kept and "weight" in kept and is_quantised(held.module):  # there is no parameter to put it in place of
+            return F.linear(*args, kept["weight"].to(held.W.dtype), kept.get("bias", held.module.bias))
     else:
         x = torch.randn(7, WIDTH, generator=generator, dtype=held.W.dtype)
         weight, expert = torch.rand(7, held.W.shape[0], generator=generator).topk(2)
@@ -86,9 +122,24 @@ def run(held: Place, kept=None, seed=0):
     return functional_call(held.module, kept or {}, args)
 
 
+def arguments(model, module):
+    """What the module is given while the model computes: its arguments by place and by name."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs(model), use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
 def parameters(model):
     """Of the deltas, by name."""
     return {name: p for name, p in model.named_parameters() if ".delta." in name}
+
+
+def routes(model):
+    """Whether a delta sends tokens to experts of its own."""
+    return any(name.endswith(".router") for name in parameters(model))
 
 
 def holding_constants(module):

@@ -3,7 +3,7 @@
 import torch
 
 from deltalab.deltas.sites import places
-from tests.conformance.kit import adapted, gradients, of, with_experts
+from tests.conformance.kit import adapted, gradients, merging, of, with_experts
 from tests.families import FAMILIES, inputs, logits
 from tests.helpers import assert_close_by_norm
 
@@ -29,6 +29,7 @@ def test_experts_compute_the_same_by_every_implementation(method, family):
             assert_close_by_norm(others[name], grads[name], max(10 * bound, 1e-4))
 
 
+@merging
 @with_experts
 @of(lambda family: family.experts)
 def test_experts_hold_an_adapted_copy_only_while_they_compute(method, family):

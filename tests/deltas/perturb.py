@@ -24,7 +24,7 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
     return (
         list(first) == list(second)
-        and all(torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)) for key in first)
+        and all(torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (first[key], second[key]))) for key in first)
         and [type(m) for m in a.modules()] == [type(m) for m in b.modules()]
         and [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
     )

@@ -135,10 +135,10 @@ def test_a_place_is_what_the_list_of_sublayers_says(family):
     there = sublayers(model)
     assert {path: place(model, path) for path in there} == there
     for path, held in there.items():
-        assert held.width == 32
+        assert held.width == (width := model.config.hidden_size)
         site = held.site(path)
         assert site.module is model.get_submodule(path)
-        assert site.shape == (32, 32)
+        assert site.shape == (width, width)
     for path, module in model.named_modules():
         if path and path not in there and not list(module.children()) and not hasattr(module, "weight"):
             with pytest.raises(dl.UserError, match="no place"):

@@ -25,6 +25,7 @@ def command(
     top_p: Annotated[float, typer.Option(help="sample from the tokens that make up this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the samples")] = 0,
     quantize: Annotated[str | None, typer.Option(help="nf4, int8 or int4-group")] = None,
+    group_size: Annotated[int | None, typer.Option(help="of --quantize, where not the default")] = None,
     dtype: Annotated[str, typer.Option(help="of the model: float32, bfloat16, float16, auto")] = "auto",
 ) -> None:
     """Talk to a model: switch between its adapters by name, compare them side by side. /help inside lists all."""
@@ -38,7 +39,7 @@ def command(
 
     require_settings(max_new_tokens, 1, temperature, top_p)
     folders = named(adapter or [])
-    loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize)
+    loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize, group_size=group_size)
     settings = Settings(max_new_tokens, temperature, top_p, seed)
     session = Session(loaded, tokenizer, folders, settings=settings, system=system)
     Terminal(session, Console(highlight=False)).run(f"{model}: {', '.join(session.folders)}. /help lists the commands.")

@@ -17,6 +17,7 @@ def command(
     quantize: Annotated[
         str | None, typer.Option(help="quantise the base first, as the adapter's was: nf4, int8, int4-group")
     ] = None,
+    group_size: Annotated[int | None, typer.Option(help="of --quantize, where it was not the default")] = None,
     check: Annotated[Path | None, typer.Option(help="only check an adapter folder by vLLM's rules")] = None,
 ) -> None:
     """Write an adapter, or the model that it merges to, for another program.
@@ -37,6 +38,8 @@ def command(
             f"{' and '.join(missing)} is missing." if len(missing) == 1 else f"{', '.join(missing)} are missing.",
             next="deltalab export BASE ADAPTER OUT --for vllm, or deltalab export --check FOLDER",
         )
+    import transformers
+
     from deltalab.deltas.peft_format import load_adapter
     from deltalab.models.export import dtype_of, export, require_empty, require_form
     from deltalab.models.load import load
@@ -44,7 +47,8 @@ def command(
     require_form(to)  # before a large model is loaded
     require_empty(out)
     wanted = None if dtype is None else dtype_of(dtype)
-    model, tokenizer = load(base, dtype=wanted or "auto", quantize=quantize)
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load(base, dtype=wanted or "auto", quantize=quantize, group_size=group_size)
     load_adapter(model, adapter)
     print(export(model, out, to, dtype=wanted, tokenizer=tokenizer))
 

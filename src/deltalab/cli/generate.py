@@ -32,6 +32,7 @@ def command(
         bool, typer.Option("--raw", help="continue each prompt as it is, without the chat template")
     ] = False,
     quantize: Annotated[str | None, typer.Option(help="nf4, int8 or int4-group")] = None,
+    group_size: Annotated[int | None, typer.Option(help="of --quantize, where not the default")] = None,
     dtype: Annotated[str, typer.Option(help="of the model: float32, bfloat16, float16, auto")] = "auto",
     out: Annotated[Path | None, typer.Option(help="a .jsonl for the replies: one line a prompt")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
@@ -54,7 +55,7 @@ def command(
     require_settings(**settings)
     folders = named(adapter or [])
     prompts = gathered(prompt or [], file)
-    loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize)
+    loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize, group_size=group_size)
     replies: dict[str, list[Generation]] = {}
     for name in put_on(loaded, folders):
         tell = None if quiet or len(prompts) < 2 else _Progress(name)

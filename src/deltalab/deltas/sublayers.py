@@ -49,7 +49,8 @@ def select_sublayers(model: nn.Module, targets: str | Sequence[str], layers: Seq
             raise UserError(f"target '{target}' matches no sub-layer in layers {sorted(blocks or [])} of {called(model)}.",
                             found=f"it matches {len(found)} elsewhere: {', '.join(found[:3])}")  # fmt: skip
         chosen.update(inside)
-    return [path for path, _ in base_modules(model) if path in chosen]
+    order = {path: i for i, (path, _) in enumerate(base_modules(model))}
+    return sorted(chosen, key=lambda path: (order.get(path, order.get(path.rpartition(".")[0], 0)), path))
 
 
 def _there(model: nn.Module) -> dict[str, str]:

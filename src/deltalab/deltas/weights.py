@@ -167,10 +167,12 @@ def _place(model: nn.Module, path: str) -> Place:
     name = path.removesuffix(".weight")
     try:
         held = place(model, name)
-        if held.kind not in SUBLAYERS:
-            return held
     except UserError:
-        pass
+        held = None
+    if held is not None and held.kind not in SUBLAYERS:
+        return held
+    if held is not None and delta_on(held) is not None:
+        raise _no_change(path, delta_on(held))
     modules = {name: m for name, m in base_modules(model) if isinstance(getattr(m, "weight", None), Tensor)}
     if name not in modules:
         raise UserError(f"'{path}' is no module with a weight in {model_name(model)}.", nearest=nearest(name, [*modules, *places(model)]),
@@ -196,8 +198,11 @@ def _look(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, WeightDel
         original = held.oriented(originals[found].to(W.device))
     delta = delta_on(held)
     if delta is not None and not isinstance(delta, WeightDelta):
-        raise UserError(
-            f"the delta on '{path}' depends on the input, so it is no change of the weight.",
-            found=type(delta).__name__,
-        )
+        raise _no_change(path, delta)
     return W, original, delta
+
+
+def _no_change(path: str, delta: Delta | None) -> UserError:
+    return UserError(
+        f"the delta on '{path}' depends on the input, so it is no change of the weight.", found=type(delta).__name__
+    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, replacing
-from deltalab.deltas.merge import merged
+from deltalab.deltas.merge import dequantised, merged
 from deltalab.deltas.own_format import OWN_TYPE
 from deltalab.deltas.peft_format import CONFIG, WEIGHTS, save_adapter
 from deltalab.deltas.schedule import require_ready
@@ -25,7 +25,6 @@ from deltalab.deltas.weights import is_adapted
 from deltalab.models.load import DTYPES
 from deltalab.models.vllm import as_vllm
 from deltalab.models.vllm_check import check_vllm
-from deltalab.quant.base import QuantisedLinear
 
 FORMS = ("vllm", "peft", "merged", "gguf")
 
@@ -135,10 +134,7 @@ def _write_peft(model: nn.Module, folder: Path) -> str:
 def _write_merged(
     model: nn.Module, folder: Path, dtype: torch.dtype | None, tokenizer: transformers.PreTrainedTokenizerBase | None
 ) -> str:
-    plain: Any = merged(model)
-    for path, module in list(plain.named_modules()):
-        if isinstance(module, QuantisedLinear):  # under no delta: others' loaders do not read these codes
-            plain.set_submodule(path, module.plain(module.weight))
+    plain: Any = dequantised(merged(model))  # all of it: others' loaders do not read every kind of codes
     plain = plain if dtype is None else plain.to(dtype)
     folder.mkdir()
     plain.save_pretrained(folder)

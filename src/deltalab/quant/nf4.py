@@ -101,7 +101,9 @@ def empty(shape: tuple[int, ...], blocksize: int, double_quant: bool, device: to
 def dequantise(
     codes: UInt8[Tensor, "..."], absmax: Float[Tensor, " blocks"], blocksize: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Float[Tensor, "..."]:  # fmt: skip
-    """Ŵ in `dtype`, by bitsandbytes' kernel where it is there, is right and is exact, else `dequantise_plainly`."""
+    """Ŵ in `dtype`, by bitsandbytes' kernel where it is there and right, else `dequantise_plainly`: the same bits, except
+    that the kernel may give 0 for a bfloat16 below the least normal float, 2⁻¹²⁶.
+    """
     kernel = _kernel()
     # On AVX-512 its blocks may not go over the end of a row, and it falls back to what is slower from 2048 on.
     right = shape and shape[-1] % blocksize == 0 and blocksize <= 1024 and dtype.itemsize <= 4

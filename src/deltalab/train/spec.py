@@ -86,7 +86,7 @@ class LoopSpec(Spec):
 class TrainSpec(LoopSpec):
     """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`.
 
-    quantize: the linears of its blocks to int4-group or int8 while it is loaded, see `deltalab.load`.
+    quantize: the linears of its blocks to nf4, int8 or int4-group while it is loaded, see `deltalab.load`.
     """
 
     model: str
