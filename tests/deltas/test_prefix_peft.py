@@ -163,6 +163,12 @@ def test_what_peft_cannot_say_is_saved_in_the_own_format(spec, tmp_path):
     assert torch.equal(logits(dl.load_adapter(tiny_llama(layers=3), tmp_path)), logits(ours))
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_of_peft_where_its_format_is_not_written(tmp_path):
+    dl.save_adapter(dl.adapt(ARCHITECTURES["gpt2"].make(), dl.ZeroInitPrefix()), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "DELTALAB"
+
+
 def test_a_model_that_peft_does_not_know_is_saved_in_the_own_format(tmp_path):
     make = ARCHITECTURES["qwen3"].make
     ours = perturbed(dl.adapt(make(), dl.ZeroInitPrefix(length=4, **SCALAR)), 0.5)

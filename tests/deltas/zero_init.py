@@ -1,6 +1,6 @@
 """LLaMA-Adapter's attention as its paper has it, written out head by head, for the attentions of several architectures.
 
-Nothing here is shared with deltalab: each layer's projections, norms and positions are read by hand, every softmax is
+What is written out shares nothing with deltalab: each layer's projections, norms and positions are read by hand, every softmax is
 written out, and the sum of both goes through the output projection. `by_the_paper` puts it in a plain model.
 """
 
@@ -13,8 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import deltalab as dl
+from deltalab.deltas.adapt import attached
+from tests.deltas.perturb import perturbed
 from tests.families import DECODER, MLP, SIZE, model_of
-from tests.helpers import tiny_gpt2, tiny_llama
+from tests.helpers import tiny_gpt2, tiny_llama, tokens
 
 
 class Heads(NamedTuple):
@@ -200,3 +203,33 @@ def by_the_paper(
 
         layer.forward = types.MethodType(forward, layer)
     return model
+
+
+def logits(model: nn.Module, ids: Tensor | None = None, **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(length=9) if ids is None else ids, **more).logits
+
+
+def moved(model: nn.Module, size: float = 0.5, **fields: Any) -> nn.Module:
+    """The model with prompts and gates that do something."""
+    return perturbed(dl.adapt(model, dl.ZeroInitPrefix(**{"length": 3, **fields})), size)
+
+
+def adapted(name: str, **fields: Any) -> nn.Module:
+    """The same of an architecture in fp64."""
+    return moved(ARCHITECTURES[name].make().double(), **fields)
+
+
+def parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts and gates, as they are, layer by layer."""
+    deltas = attached(model).values()
+    return [delta.P for delta in deltas], [delta.g for delta in deltas]
+
+
+def written_out(
+    name: str, model: nn.Module, prompts: list[Tensor], gates: list[Tensor], kind: str = "tanh", shown: Tensor | None = None
+) -> nn.Module:
+    """`by_the_paper` of an architecture, the gates as they are kept, one a head or a layer."""
+    heads = model.config.num_attention_heads
+    opened = [(torch.tanh(g) if kind == "tanh" else g).expand(heads) for g in gates]
+    return by_the_paper(model, ARCHITECTURES[name], prompts, opened, shown)

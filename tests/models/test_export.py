@@ -131,6 +131,20 @@ def test_a_quantised_base(tmp_path):
     assert_close_by_norm(logits(plain), logits(model), 1e-5)
 
 
+def test_an_nf4_base_and_linears_without_a_delta(tmp_path):
+    model_of("llama").save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model, _ = dl.load(tmp_path / "base", quantize="nf4")
+    perturbed(dl.adapt(model, dl.LoRA(r=3, targets="q,v")), 0.3)
+    export(model, tmp_path / "out")
+    again, _ = dl.load(tmp_path / "base", quantize="nf4")
+    assert_close_by_norm(logits(dl.load_adapter(again, tmp_path / "out")), logits(model), 1e-5)
+    export(model, tmp_path / "merged", "merged", tokenizer=byte_tokenizer())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
+    assert_close_by_norm(logits(plain), logits(model), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "spec", "reason"),
     [
@@ -170,6 +184,18 @@ def test_frozen_entries_and_deltas_without_a_weight_are_refused(tmp_path):
     assert "deltalab generate" in caught.value.next
     with pytest.raises(dl.UserError, match="depends on the input"):
         export(model, tmp_path / "out", "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "spec", [dl.Bottleneck(), dl.ZeroInitPrefix(), dl.LoRAExperts()], ids=lambda s: type(s).__name__
+)
+def test_methods_that_depend_on_the_input_go_nowhere(spec, tmp_path):
+    model = perturbed(dl.adapt(model_of("llama"), spec))
+    for to in ("vllm", "merged", "gguf"):
+        with pytest.raises(dl.UserError, match="depends on the input") as caught:
+            export(model, tmp_path / "out", to)
+        assert "--for merged" not in caught.value.next
     assert list(tmp_path.iterdir()) == []
 
 

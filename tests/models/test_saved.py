@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -76,6 +77,9 @@ def test_transformers_and_bitsandbytes_load_nf4(tmp_path):
                     there = theirs.get_submodule(path)
                     assert (type(there).__name__ == "Linear4bit") == isinstance(linear, NF4Linear)
                     assert torch.equal(weight_of(there), weight_of(linear)), path
+                    if isinstance(linear, NF4Linear):
+                        W = bitsandbytes.functional.dequantize_4bit(there.weight.data, there.weight.quant_state)
+                        assert torch.equal(W, linear.weight), path
             # on a CPU that multiplies bf16 bitsandbytes rounds the scales to it before the first product
             assert_close_by_norm(logits(theirs), logits(which), 2e-2)
     assert form(folder)["llm_int8_skip_modules"] == [p for p, m in merged.named_modules() if type(m) is torch.nn.Linear]

@@ -153,12 +153,12 @@ def _built(spec: Any) -> tuple[str, str]:
     import torch
 
     from deltalab.deltas.base import WeightDelta
-    from deltalab.deltas.site import Kind, Site
+    from deltalab.deltas.site import HEADS, Kind, Site
 
     kind: Kind = next(kind for kind in ("mlp", "attention", "linear", "embedding", "experts") if kind in spec.sits_on)
     shapes = {"mlp": (HIDDEN, HIDDEN), "attention": (HIDDEN, HIDDEN), "experts": (1, OUT, IN)}
     delta = spec().build(Site(kind, shapes.get(kind, (OUT, IN)), kind, torch.float32, torch.device("meta")))
-    sizes = {OUT: "out", IN: "in", HIDDEN: "hidden"}
+    sizes = {OUT: "out", IN: "in", HIDDEN: "hidden", HEADS: "heads"}
     for key, value in _defaults(spec).items():
         if isinstance(value, int) and value > 1:
             sizes.setdefault(value, key)

@@ -169,6 +169,7 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
 
 
 def _refuse_taken(model: nn.Module, adapter: str) -> None:
+    foreign.require_read(model)
     if adapter in adapters(model):
         raise UserError(
             f"{model_name(model)} is adapted already.",

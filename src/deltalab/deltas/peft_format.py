@@ -171,7 +171,7 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         return None
     common = kind.common_peft({path: spec.to_peft() for path, spec in plan.items()}, deltas)
     own = own_to_peft(model, set(state.start), list(plan), kind)
-    where = None if own is None else peft_where(model, list(plan), kind, own)
+    where = None if own is None or common is None else peft_where(model, list(plan), kind, own)
     if common is None or own is None or where is None:
         return None
     config = {

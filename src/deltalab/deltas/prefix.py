@@ -24,7 +24,7 @@ from deltalab.deltas.attention import beside_tokens, heads_of, require_routed
 from deltalab.deltas.base import Base, Delta
 from deltalab.deltas.heads import gated
 from deltalab.deltas.select import leaf, model_name
-from deltalab.deltas.site import Kind, Site
+from deltalab.deltas.site import HEADS, Kind, Site
 from deltalab.deltas.sites import base_modules, place, sublayers
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.sublayers import select_sublayers
@@ -73,7 +73,7 @@ class ZeroInitPrefix(DeltaSpec):
 
     def build(self, site: Site) -> "ZeroInitPrefixDelta":
         if site.module is None:  # the outline of one, that nothing runs
-            return ZeroInitPrefixDelta(site, 1, self)
+            return ZeroInitPrefixDelta(site, HEADS, self)
         require_routed(site.path, site.module, type(self).__name__)
         return ZeroInitPrefixDelta(site, heads_of(site.module), self)
 

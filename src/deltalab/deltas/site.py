@@ -10,6 +10,10 @@ Kind = Literal["linear", "embedding", "experts", "attention", "mlp"]
 parameter) or round a whole sub-layer of a block, its attention or its MLP."""
 
 
+HEADS = 11 << 10
+"""Heads of an attention that a delta is built for without one, to see what trains: a number that no model has."""
+
+
 class Site(NamedTuple):
     """One place that a delta is built for. shape: (out, in), (experts, out, in), or of a sub-layer (hidden, hidden).
     dtype: of the delta's parameters.

@@ -22,7 +22,7 @@ from deltalab.deltas.own_format import OWN_TYPE
 from deltalab.deltas.peft_format import CONFIG, WEIGHTS, save_adapter
 from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.weights import is_adapted
-from deltalab.models.load import DTYPES
+from deltalab.models.load import BUNDLED, DTYPES
 from deltalab.models.vllm import as_vllm
 from deltalab.models.vllm_check import check_vllm
 
@@ -146,11 +146,12 @@ def _write_merged(
 def _then(model: nn.Module, folder: Path, to: str) -> tuple[str, ...]:
     """The commands that load what was written."""
     here = shlex.quote(str(folder))
-    base = shlex.quote(getattr(getattr(model, "config", None), "_name_or_path", "") or "BASE")
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    base = "BASE" if not name or name.split(":")[0] == BUNDLED else shlex.quote(name)
     if to == "vllm":
         rank = read_json(folder / CONFIG, "adapter config")["r"]
-        name = shlex.quote(f"{folder.resolve().name}={folder}")
-        return (f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}",)
+        module = shlex.quote(f"{folder.resolve().name}={folder}")
+        return (f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {module}",)
     if to == "peft":
         return (f"peft.PeftModel.from_pretrained(model, {str(folder)!r})",)
     if to == "merged":

@@ -53,15 +53,15 @@ def as_vllm(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[
 def pair_of(model: nn.Module, path: str, delta: Delta) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
     """A and s B of one delta. Raises: UserError with the reason why it has none that vLLM takes."""
     name, held = type(delta).__name__.removesuffix("Delta"), place(model, path)
-    if held.kind != "linear":
-        raise _refused(f"vLLM takes pairs on linears, and '{path}' is {_A.get(held.kind, held.kind)}.")
-    if held.module is getattr(model, "get_output_embeddings", lambda: None)():
-        raise _refused(f"vLLM takes no pair on the output layer, '{path}'.")
     if not isinstance(delta, WeightDelta):
         raise UserError(
             f"{name} on '{path}' depends on the input: it is no change of the weight, and vLLM has no form of it.",
             next="serve it with deltalab generate or deltalab chat",
         )
+    if held.kind != "linear":
+        raise _refused(f"vLLM takes pairs on linears, and '{path}' is {_A.get(held.kind, held.kind)}.")
+    if held.module is getattr(model, "get_output_embeddings", lambda: None)():
+        raise _refused(f"vLLM takes no pair on the output layer, '{path}'.")
     if delta.keep is not None:
         raise _refused(f"entries of '{path}' are held in place, so its change has no low rank.")
     factors: Factors | None = delta.factors()

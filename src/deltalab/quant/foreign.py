@@ -58,6 +58,20 @@ def weight_of(linear: nn.Module) -> Float[Tensor, "out in"]:
     return W if W.shape == (what.out_features, what.in_features) else W.mT
 
 
+def require_read(model: nn.Module) -> None:
+    """Raises: UserError if transformers quantised the model in a way that is not read here: its linears may look like any
+    other, and their weights are not what they hold.
+    """
+    said = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(said, "quant_method", "bitsandbytes")
+    method = getattr(method, "value", method)
+    if method != "bitsandbytes":
+        raise UserError(
+            f"this {type(model).__name__} is quantised by {method}, whose weights are not read here.",
+            next="load the model that it was made from, with deltalab.load(name, quantize='nf4') if it should be small",
+        )
+
+
 def hold(model: nn.Module) -> None:
     """Keep the codes of a model's 4-bit linears as they are while it computes.
 
