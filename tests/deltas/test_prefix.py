@@ -1,25 +1,16 @@
 """Zero-init attention against its paper written out, in every architecture that it goes on."""
 
-import copy
-import subprocess
-import sys
-import threading
-
 import pytest
 import torch
-import transformers
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import deltalab as dl
-from deltalab.capture import inputs as watched
 from deltalab.deltas.adapt import attached, param_groups
 from deltalab.deltas.heads import gated
 from deltalab.deltas.measures import gathered
-from tests.deltas.perturb import perturbed, states_equal
-from tests.deltas.zero_init import ARCHITECTURES, NARROW, by_the_paper, causal, plain
-from tests.families import SIZE, model_of
-from tests.helpers import ROOT, assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
+from tests.deltas.perturb import perturbed
+from tests.deltas.zero_init import ARCHITECTURES, NARROW, adapted, causal, logits, moved, parts, plain, written_out
+from tests.families import model_of
+from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 VARIANTS = [("tanh", "head"), ("linear", "head"), ("tanh", "layer"), ("linear", "layer")]

@@ -13,16 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import deltalab as dl
 from deltalab.capture import inputs as watched
-from deltalab.deltas.adapt import attached, param_groups
-from deltalab.deltas.heads import gated
-from deltalab.deltas.measures import gathered
 from tests.deltas.perturb import perturbed, states_equal
-from tests.deltas.zero_init import ARCHITECTURES, NARROW, by_the_paper, causal, plain
+from tests.deltas.zero_init import ARCHITECTURES, NARROW, adapted, causal, logits, moved, parts, written_out
 from tests.families import SIZE, model_of
 from tests.helpers import ROOT, assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
-VARIANTS = [("tanh", "head"), ("linear", "head"), ("tanh", "layer"), ("linear", "layer")]
 
 
 CACHES = [(name, "dynamic") for name in ARCHITECTURES] + [(name, "static") for name in ("llama", "gpt2", "gemma3")]
@@ -231,7 +227,7 @@ def test_it_does_not_merge():
 
 COMPILED = """
 import torch
-from tests.deltas.test_prefix import logits, moved
+from tests.deltas.zero_init import logits, moved
 from tests.helpers import ROOT, assert_close_by_norm, tiny_llama
 model = moved(tiny_llama())
 assert_close_by_norm(logits(torch.compile(model)), logits(model), 1e-5)

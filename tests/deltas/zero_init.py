@@ -227,7 +227,12 @@ def parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def written_out(
-    name: str, model: nn.Module, prompts: list[Tensor], gates: list[Tensor], kind: str = "tanh", shown: Tensor | None = None
+    name: str,
+    model: nn.Module,
+    prompts: list[Tensor],
+    gates: list[Tensor],
+    kind: str = "tanh",
+    shown: Tensor | None = None,
 ) -> nn.Module:
     """`by_the_paper` of an architecture, the gates as they are kept, one a head or a layer."""
     heads = model.config.num_attention_heads
