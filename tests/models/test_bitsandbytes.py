@@ -61,7 +61,7 @@ def test_a_folder_loads(way, folders):
         load(folders / way, quantize="nf4")
 
 
-@pytest.mark.parametrize("spec", [dl.LoRA, dl.DoRA, dl.AdaLoRA, dl.IA3, dl.VeRA], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("spec", [dl.LoRA, dl.DoRA, dl.IA3, dl.VeRA], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("way", ["nf4", "fp4", "int8"])
 def test_a_model_that_is_handed_over_is_adapted(way, spec, folders, tmp_path):
     model = theirs(folders, WAYS[way])

@@ -23,6 +23,7 @@ from deltalab.deltas.quantise import quantise
 from deltalab.models.heads import auto_class
 from deltalab.models.precision import require_bfloat16
 from deltalab.models.quantised import forget_reading, reading
+from deltalab.quant import foreign
 from deltalab.quant.base import QuantisedLinear
 from deltalab.quant.linear import quantiser
 
@@ -82,6 +83,7 @@ def load(
         )
     _require_whole(name, model, info)
     forget_reading(model)
+    foreign.hold(model)
     _pad(model, tokenizer)
     if model.dtype is torch.bfloat16 and not torch.accelerator.is_available():
         require_bfloat16(model.device, "dtype='float32'")
