@@ -16,6 +16,7 @@ _PUBLIC = {
     "deltalab.core.errors": ["UserError"],
     "deltalab.models.load": ["load"],
     "deltalab.models.generate": ["generate"],
+    "deltalab.models.export": ["export"],
     "deltalab.models.bank": ["AdapterBank"],
     "deltalab.deltas": [*METHODS, "Train"],
     "deltalab.deltas.adapt": [
