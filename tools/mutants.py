@@ -55,6 +55,30 @@ MUTANTS = [
         "tests/deltas/test_sites.py",
     ),
     mutant(
+        "a closed gate adds zero", "deltas/heads.py", "torch.where(gate == 0, y, y + gate * term)", "y + gate * term",
+        "tests/deltas/test_prefix.py",
+    ),
+    mutant(
+        "a closed gate has no gradient", "deltas/heads.py", "(grad * term).sum_to_size(gate.shape)",
+        "(grad * term * (gate != 0)).sum_to_size(gate.shape)", "tests/deltas/test_prefix.py",
+    ),
+    mutant(
+        "one softmax scale for all", "deltas/heads.py", "if scaling is None else scaling)", "if scaling is None else query.shape[-1] ** -0.5)",
+        "tests/deltas/test_prefix.py",
+    ),
+    mutant(
+        "the prompt's keys have a position", "deltas/attention.py", "return cos.new_ones(shape), cos.new_zeros(shape)",
+        "return cos[..., :1, :].expand(shape), positions[1][..., -1:, :].expand(shape)", "tests/deltas/test_prefix.py",
+    ),
+    mutant(
+        "key-value heads in the wrong order", "deltas/heads.py", "t.repeat_interleave(groups, 1)", "t.repeat(1, groups, 1, 1)",
+        "tests/deltas/test_prefix.py",
+    ),
+    mutant(
+        "the prompt's rows are seen as tokens", "capture.py", "_UNSEEN.set(True)", "_UNSEEN.set(False)",
+        "tests/deltas/test_prefix_models.py",
+    ),
+    mutant(
         "experts keep their adapted copy", "deltas/attach.py", 'del self.__dict__["_shown"]', "pass",
         "tests/conformance/test_experts.py",
     ),
