@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import deltalab as dl
 from deltalab.cli.methods import row_of
+from deltalab.deltas.adapt import attached
 from deltalab.deltas.base import Delta
 from deltalab.deltas.sites import SUBLAYERS, Place, is_quantised
 from deltalab.deltas.spec import DeltaSpec
@@ -137,9 +138,12 @@ def parameters(model):
     return {name: p for name, p in model.named_parameters() if ".delta." in name}
 
 
-def routes(model):
-    """Whether a delta sends tokens to experts of its own."""
-    return any(name.endswith(".router") for name in parameters(model))
+def everyone(model):
+    """Deltas with experts send each token to all of them: rounding changes how much each counts, and not where it goes."""
+    for delta in attached(model).values():
+        if hasattr(delta, "top_k"):
+            delta.top_k = len(delta.router)
+    return model
 
 
 def holding_constants(module):

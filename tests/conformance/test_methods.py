@@ -17,14 +17,17 @@ from deltalab.deltas.adapt import adaptation, attached, param_groups
 from deltalab.deltas.attach import attach
 from deltalab.deltas.peft_format import WEIGHTS, load_trained_state, trained_state
 from deltalab.deltas.sites import place
-from tests.conformance.kit import adapted, blocks, driven, everywhere, gradients, merges, of, parameters, routes
+from tests.conformance.kit import adapted, blocks, driven, everyone, everywhere, gradients, merges, of, parameters
 from tests.deltas.perturb import perturbed, states_equal
 from tests.families import FAMILIES, inputs, logits, loss_of, model_of
 from tests.helpers import assert_close_by_norm, tokens
 
 
 def test_the_start_is_the_base(method, family):
-    assert torch.equal(logits(adapted(method, family, moved=False)), logits(model_of(family)))
+    base = model_of(family)
+    if "experts" in method.sits_on and FAMILIES[family].experts and not merges(method):  # computed one by one
+        base.set_experts_implementation("eager")
+    assert torch.equal(logits(adapted(method, family, moved=False)), logits(base))
 
 
 @of(lambda family: not (family.experts or family.codes))
@@ -94,14 +97,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, family, reentra
 
 
 def test_autocast(method, family):
-    model = adapted(method, family).float()
+    model = everyone(adapted(method, family)).float()
     want = logits(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**inputs(model))
     out.loss.backward()
-    if FAMILIES[family].experts or routes(
-        model
-    ):  # rounding may send a token elsewhere: half of them stay where they were
+    if FAMILIES[family].experts:  # rounding may send a token to another expert: half of the tokens stay where they were
         away = (out.logits.float() - want).detach().norm(dim=-1) / want.norm(dim=-1)
         assert float(away.median()) <= 2e-2
     else:

@@ -182,7 +182,6 @@ def test_loading_in_bfloat16_with_default_groups(folder):
 def test_what_is_not_possible_is_refused_by_name(folder):
     for options, match in (
         ({"quantize": "int5"}, r"'int5' is no quantisation[\s\S]*int4"),
-        ({"quantize": "nf4"}, r"'nf4' is no quantisation[\s\S]*int4"),
         (
             {"quantize": "int4-group", "group_size": 20},
             r"'model.layers.0.self_attn.q_proj'[\s\S]*groups of 20[\s\S]*16",

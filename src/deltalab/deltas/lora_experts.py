@@ -11,7 +11,7 @@ Left alone, a router may send everything to few experts. The load-balance loss, 
     L = E · Σ_e f_e P_e     f_e: share of the k·T assignments, P_e: mean of p_e over the T tokens
 
 (Switch: Fedus et al. 2021, arXiv:2101.03961, eq. 4–6; for LoRA, MixLoRA: Li et al. 2024, arXiv:2404.15159). It is 1 for an
-even router and at most E. f is a count, so L has a gradient through P alone, and only for the routers: the hidden states
+even router and at most E / k. f is a count, so L has a gradient through P alone, and only for the routers: the hidden states
 that they read are taken as given. With c_e = E f_e / T it is Σ_t p_te (c_e − Σ_j c_j p_tj) x_t for row e of R, an
 (experts, in) matrix. The forward computes that in place of keeping its input until the step's end, which would undo
 what gradient checkpointing saves.
