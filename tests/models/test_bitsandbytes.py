@@ -44,7 +44,7 @@ def theirs(folders, fields):
 
 
 def weights(model):
-    return {path: weight_of(m).clone() for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) or isinstance(m, NF4Linear)}  # fmt: skip
+    return {path: weight_of(m).clone() for path, m in model.named_modules() if isinstance(m, (torch.nn.Linear, NF4Linear))}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
