@@ -43,8 +43,26 @@ MUTANTS = [
         "if not torch.equal(parts, parts[..., :1].expand_as(parts)):", "if False:", "tests/deltas/test_qalora.py",
     ),
     mutant(
-        "scales follow a cast to 16 bit", "quant/linear.py", "if self.scale.dtype is not wide:", "if False:",
-        "tests/quant/test_linear.py",
+        "scales follow a cast to 16 bit", "quant/base.py",
+        "if moved and getattr(self, name).dtype is not self.scale_dtype():", "if False:", "tests/quant/test_linear.py",
+    ),
+    mutant(
+        "a streamed Conv1D is quantised as it lies", "models/quantised.py",
+        "W = W.mT if isinstance(linear, Conv1D) else W", "pass", "tests/models/test_quantised.py",
+    ),
+    mutant(
+        "a start that looks at the weights finds codes", "models/quantised.py",
+        "if plan is None or not any(group.spec.looks for group in plan.groups):", "if True:",
+        "tests/models/test_quantised.py",
+    ),
+    mutant(
+        "scales in a file are cast like weights", "models/quantised.py",
+        "return dtype if is_float and not converter.collected_tensors else None", "return dtype if is_float else None",
+        "tests/models/test_saved.py",
+    ),
+    mutant(
+        "a saved model does not say which linears are plain", "deltas/save.py",
+        '"llm_int8_skip_modules": plain,', '"llm_int8_skip_modules": [],', "tests/models/test_saved.py",
     ),
     mutant(
         "a start's part stays in the quantised base", "deltas/starts.py", "W - s * pair.B @ pair.A", "W",

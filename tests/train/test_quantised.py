@@ -50,7 +50,9 @@ ADAPTS = [
 ]
 
 
-@pytest.mark.parametrize(("way", "adapt"), ADAPTS, ids=lambda a: a if isinstance(a, str) else a.get("init", a["method"]))
+@pytest.mark.parametrize(
+    ("way", "adapt"), ADAPTS, ids=lambda a: a if isinstance(a, str) else a.get("init", a["method"])
+)
 def test_a_run_is_recorded_stopped_and_gone_on_with_bitwise(place, tmp_path, way, adapt, monkeypatch):
     spec = plan(place, tmp_path / "whole", way, adapt)
     path = run_spec(spec, progress=False)
