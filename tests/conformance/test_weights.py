@@ -1,5 +1,9 @@
 """What a change of the weight keeps to, and what refuses where a delta is none: merging, ΔW, entries, masks.
 
+Bounds are relative errors by norm, `Family.merged` and `Family.double`: 1e-5 in fp32 and 1e-10 in fp64. In bf16 the merged
+weight itself is rounded to 8 bits, about 4e-3 an entry, so the merged model is held to 3e-2 of the adapted one's logits.
+bitsandbytes' linears compute in fp32 whatever the model is cast to, so theirs is 1e-5 in fp64 too.
+
 A quantised linear under such a delta is merged with what its codes stand for, and becomes a plain linear with the sum: the
 merged model is held to the same bounds there as elsewhere, as what the codes cost is in both models.
 """
