@@ -16,14 +16,26 @@ from deltalab.deltas.quantise import quantise
 from deltalab.deltas.select import select
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.models.load import model_digest
-from deltalab.quant.linear import GroupLinear, GroupQuantiser
+from deltalab.quant.base import QuantisedLinear
+from deltalab.quant.linear import GroupLinear, GroupQuantiser, quantiser
+from deltalab.quant.nf4_linear import NF4Linear, NF4Quantiser
+from tests.conformance.kit import merges
 from tests.deltas.perturb import perturbed, states_equal
 from tests.families import model_of
 from tests.helpers import assert_close_by_norm, byte_tokenizer, error_by_norm, tiny_gpt2, tiny_llama, tokens
 
-INT8 = GroupQuantiser(8, 16)
-method = pytest.mark.parametrize("method", methods().values(), ids=methods())
-bits = pytest.mark.parametrize("bits", [4, 8])
+INT8, NF4 = GroupQuantiser(8, 16), NF4Quantiser(32)
+QUANTISERS = {"int8": INT8, "nf4": NF4}
+PAIRS = {
+    f"{name}-{how}": (method, quantiser)
+    for how, quantiser in QUANTISERS.items()
+    for name, method in methods().items()
+    if merges(method) and (method, quantiser) != (dl.QALoRA, NF4)
+}
+"""Every weight delta, on every kind of base that takes it."""
+every = pytest.mark.parametrize(("method", "quantiser"), PAIRS.values(), ids=PAIRS)
+on = pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=QUANTISERS)
+starts_on = pytest.mark.parametrize("quantiser", [GroupQuantiser(4, 16), INT8, NF4], ids=["int4", "int8", "nf4"])
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -42,7 +54,7 @@ def plain_twin(model):
     """The quantised base with its dequantised weights in plain linears."""
     model = copy.deepcopy(model)
     for path, linear in list(model.named_modules()):
-        if isinstance(linear, GroupLinear):
+        if isinstance(linear, QuantisedLinear):
             model.set_submodule(path, linear.plain(linear.weight))
     return model
 
@@ -60,12 +72,12 @@ def adapted(method, model=None, moved=True):
     return model
 
 
-@method
-def test_every_delta_computes_its_adapted_weight(method):
-    model = adapted(method)
+@every
+def test_every_delta_computes_its_adapted_weight(method, quantiser):
+    model = adapted(method, base(quantiser=quantiser))
     for path, delta in attached(model).items():
         linear = model.get_submodule(path)
-        assert isinstance(linear, GroupLinear)
+        assert isinstance(linear, NF4Linear if quantiser is NF4 else GroupLinear)
         x = torch.randn(3, 5, linear.in_features)
         assert_close_by_norm(linear(x), x @ delta.adapted(linear.weight).mT, 1e-5)
         assert_close_by_norm(merged_weight(model, path), linear.weight + dl.delta_weight(model, path), 1e-5)
@@ -74,10 +86,11 @@ def test_every_delta_computes_its_adapted_weight(method):
     assert not any(key.endswith(".delta") for key, _ in merged.named_modules())
 
 
-@method
-def test_every_delta_starts_trains_comes_off_and_back(method, tmp_path):
-    model = adapted(method, moved=False)
-    assert torch.equal(model(tokens()).logits, base()(tokens()).logits)
+@every
+def test_every_delta_starts_trains_comes_off_and_back(method, quantiser, tmp_path):
+    bare = base(quantiser=quantiser)(tokens()).logits
+    model = adapted(method, base(quantiser=quantiser), moved=False)
+    assert torch.equal(model(tokens()).logits, bare)
     before = dict(base_state(model))
     assert dl.trainable(model).total == sum(p.numel() for p in tiny_llama().parameters())
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2), weight_decay=0.1)
@@ -89,21 +102,21 @@ def test_every_delta_starts_trains_comes_off_and_back(method, tmp_path):
         dl.step(model, t, 3)
         optimizer.zero_grad()
     there = model(tokens()).logits
-    assert not torch.equal(there, base()(tokens()).logits)
+    assert not torch.equal(there, bare)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base_state(model))
     dl.save_adapter(model, tmp_path / "adapter")
-    again = dl.load_adapter(base(), tmp_path / "adapter")
+    again = dl.load_adapter(base(quantiser=quantiser), tmp_path / "adapter")
     assert_close_by_norm(again(tokens()).logits, there, 1e-6)  # a file that was pruned adds up in another order
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(tokens()).logits, there)
     with dl.disabled(model):
-        assert torch.equal(model(tokens()).logits, base()(tokens()).logits)
-    assert states_equal(dl.unload(model), base())
+        assert torch.equal(model(tokens()).logits, bare)
+    assert states_equal(dl.unload(model), base(quantiser=quantiser))
 
 
-@method
-def test_every_delta_in_bfloat16(method):
-    model = adapted(method, base(lambda: tiny_llama(dtype=torch.bfloat16)))
+@every
+def test_every_delta_in_bfloat16(method, quantiser):
+    model = adapted(method, base(lambda: tiny_llama(dtype=torch.bfloat16), quantiser))
     assert all(p.dtype is torch.float32 for delta in attached(model).values() for p in delta.parameters())
     assert model(tokens()).logits.dtype is torch.bfloat16
     merged = dl.merged(model)
@@ -111,18 +124,19 @@ def test_every_delta_in_bfloat16(method):
     assert_close_by_norm(merged(tokens()).logits, model(tokens()).logits, 3e-2)
 
 
+@on
 @pytest.mark.parametrize(
     "make", [tiny_llama, tiny_gpt2, lambda: model_of("t5"), lambda: tiny_llama(bias=True, tied=True)]
 )
-def test_the_linears_of_the_blocks_and_nothing_else(make):
-    model, before = base(make), make()
-    new = {path: m for path, m in model.named_modules() if isinstance(m, GroupLinear)}
+def test_the_linears_of_the_blocks_and_nothing_else(make, quantiser):
+    model, before = base(make, quantiser), make()
+    new = {path: m for path, m in model.named_modules() if isinstance(m, QuantisedLinear)}
     assert list(new) == select(before, "all-linear").names == select(model, "all-linear").names
     assert select(model, "attention").names == select(before, "attention").names
     for path, linear in new.items():
         old = before.get_submodule(path)
         W = old.weight.mT if not isinstance(old, nn.Linear) else old.weight
-        assert torch.equal(linear.weight, INT8.round_trip(W))
+        assert torch.equal(linear.weight, quantiser.round_trip(W))
         assert (linear.bias is None) == (old.bias is None)
     rest = {name: p for name, p in before.named_parameters() if name.removesuffix(".weight") not in new}
     assert rest.keys() == dict(model.named_parameters()).keys()
@@ -133,9 +147,10 @@ def test_the_linears_of_the_blocks_and_nothing_else(make):
     assert len(LINEARS) == 3
 
 
+@on
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    model = adapted(dl.LoRA).train()
+def test_gradient_checkpointing(reentrant, quantiser):
+    model = adapted(dl.LoRA, base(quantiser=quantiser)).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -145,31 +160,39 @@ def test_gradient_checkpointing(reentrant):
         assert_close_by_norm(dict(model.named_parameters())[name].grad, gradient, 1e-6)
 
 
-def test_gradients_are_those_of_the_dequantised_model():
-    model = adapted(dl.LoRA)
-    twin = perturbed(dl.adapt(plain_twin(base()), dl.LoRA(targets="all-linear")))
-    for each in (model, twin):
-        each(input_ids=tokens(), labels=tokens()).loss.backward()
+@on
+@pytest.mark.parametrize("method", [dl.LoRA, dl.DoRA])
+def test_gradients_are_those_of_the_dequantised_model(method, quantiser):
+    model = adapted(method, base(quantiser=quantiser))
+    twin = perturbed(dl.adapt(plain_twin(base(quantiser=quantiser)), method(targets="all-linear")))
+    for one in (model, twin):
+        one(input_ids=tokens(), labels=tokens()).loss.backward()
     theirs = dict(twin.named_parameters())
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert_close_by_norm(p.grad, theirs[name].grad, 1e-5)
 
 
-@bits
-def test_loading_is_quantising_what_was_loaded(folder, bits):
-    model, _ = dl.load(folder, quantize={4: "int4-group", 8: "int8"}[bits], group_size=16)
-    assert states_equal(model, quantise(dl.load(folder)[0], GroupQuantiser(bits, 16)))
+WAYS = {"int4-group": (16, 4 + 8 * 8 / 16), "int8": (16, 8 + 8 * 8 / 16), "nf4": (64, 4 + 8 / 64)}
+"""Size of a group or block, and bits an entry."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loading_is_quantising_what_was_loaded(folder, way):
+    size, bits = WAYS[way]
+    model, _ = dl.load(folder, quantize=way, group_size=size)
+    assert states_equal(model, quantise(dl.load(folder)[0], quantiser(way, size)))
     assert not model.training
-    again, _ = dl.load(
-        folder, quantize={4: "int4-group", 8: "int8"}[bits], group_size=16, adapt=dl.LoRA(targets="mlp"), seed=3
-    )
+    again, _ = dl.load(folder, quantize=way, group_size=size, adapt=dl.LoRA(targets="mlp"), seed=3)
     want = dl.adapt(model, dl.LoRA(targets="mlp"), seed=3)
     assert states_equal(again, want)
     assert torch.equal(again(tokens()).logits, want(tokens()).logits)
     assert model_digest(again) == model_digest(dl.unload(model)) != model_digest(dl.load(folder)[0])
-    kept = sum(b.numel() * b.element_size() for m in model.modules() if isinstance(m, GroupLinear) for b in m.buffers())
-    assert kept == sum(m.weight.numel() * (bits / 8 + 8 / 16) for m in model.modules() if isinstance(m, GroupLinear))
+    linears = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+    few = {"nested_absmax", "nested_map"}  # of no account in a matrix that is not tiny, as NF4's one offset
+    buffers = [b for m in linears for name, b in m.named_buffers() if name not in few and b.ndim]
+    kept = sum(b.numel() * b.element_size() for b in buffers)
+    assert kept * 8 == sum(m.weight.numel() * bits for m in linears)
 
 
 def test_loading_in_bfloat16_with_default_groups(folder):
@@ -207,21 +230,32 @@ def test_what_is_not_possible_is_refused_by_name(folder):
     assert states_equal(model, tiny_llama())
 
 
-def test_a_weight_that_is_not_finite_is_refused_before_anything_is_quantised():
+def test_codes_without_groups_refuse_what_needs_them():
+    for start in (
+        lambda: dl.adapt(base(quantiser=NF4), dl.QALoRA(r=2, group_size=8)),
+        lambda: quantise(tiny_llama(), NF4, dl.QALoRA()),
+    ):
+        with pytest.raises(dl.UserError, match=r"QALoRA[\s\S]*q_proj' is quantised without any[\s\S]*int4-group"):
+            start()
+
+
+@on
+def test_a_weight_that_is_not_finite_is_refused_before_anything_is_quantised(quantiser):
     model = tiny_llama()
     last = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         model.get_submodule(last).weight[0, 0] = float("inf")
     before = copy.deepcopy(model)
     with pytest.raises(dl.UserError, match=f"'{last}' cannot be quantised[\\s\\S]*not finite"):
-        quantise(model, INT8, dl.LoRA())
+        quantise(model, quantiser, dl.LoRA())
     assert states_equal(model, before)
     assert not attached(model)
 
 
-def test_own_weights_train_beside_a_quantised_base(folder):
+@pytest.mark.parametrize("way", QUANTISERS)
+def test_own_weights_train_beside_a_quantised_base(folder, way):
     spec = [dl.LoRA(targets="q,v"), dl.Train(["norms", "bitfit"])]
-    model, _ = dl.load(folder, quantize="int8", adapt=spec)
+    model, _ = dl.load(folder, quantize=way, adapt=spec)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert f"{Q}.bias" in names
     assert "model.norm.weight" in names
@@ -229,30 +263,7 @@ def test_own_weights_train_beside_a_quantised_base(folder):
     biases = [p.grad for name, p in model.named_parameters() if name.endswith("proj.bias")]
     assert all(gradient is not None for gradient in biases)
     assert any(bool(gradient.abs().sum() > 0) for gradient in biases)
-    assert states_equal(dl.unload(perturbed(model)), dl.load(folder, quantize="int8")[0])
-
-
-def test_a_base_of_bitsandbytes_works_and_is_not_merged(tmp_path):
-    import bitsandbytes as bnb
-
-    model = tiny_llama(hidden=64, mlp=64)
-    for path in select(model, "all-linear"):
-        four = bnb.nn.Linear4bit(64, model.get_submodule(path).out_features, bias=False, compute_dtype=torch.float32)
-        four.load_state_dict(model.get_submodule(path).state_dict())
-        model.set_submodule(path, four.to("cpu"))
-    total = sum(p.numel() for p in tiny_llama(hidden=64, mlp=64).parameters())
-    plain = copy.deepcopy(model)
-    perturbed(dl.adapt(model, [dl.LoRA(r=4, targets="attention"), dl.QALoRA(r=4, targets="mlp")]))
-    assert dl.trainable(model).total == total
-    dl.save_adapter(model, tmp_path)
-    there = model(tokens()).logits
-    assert torch.equal(dl.load_adapter(copy.deepcopy(plain), tmp_path)(tokens()).logits, there)
-    with pytest.raises(dl.UserError, match=r"q_proj' is kept as codes[\s\S]*Linear4bit[\s\S]*full-precision"):
-        dl.merged(model)
-    assert torch.equal(model(tokens()).logits, there)
-    assert torch.equal(dl.unload(model)(tokens()).logits, plain(tokens()).logits)
-    with pytest.raises(dl.UserError, match="quantised already"):
-        quantise(plain, INT8)
+    assert states_equal(dl.unload(perturbed(model)), dl.load(folder, quantize=way)[0])
 
 
 def distances(model, start=tiny_llama):
@@ -261,14 +272,14 @@ def distances(model, start=tiny_llama):
     return {
         path: float((whole.get_submodule(path).weight.detach() - merged_weight(model, path)).norm())
         for path, m in model.named_modules()
-        if isinstance(m, GroupLinear)
+        if isinstance(m, QuantisedLinear)
     }
 
 
-@bits
+@starts_on
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisation(bits, start, tmp_path):
-    quantiser, spec = GroupQuantiser(bits, 16), dl.LoRA(r=8, init=start, targets="all-linear")
+def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisation(quantiser, start, tmp_path):
+    spec = dl.LoRA(r=8, init=start, targets="all-linear")
     model = quantise(tiny_llama(), quantiser, spec)
     exact = attached(dl.adapt(tiny_llama(), spec))
     for path, delta in attached(model).items():
@@ -281,7 +292,7 @@ def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisatio
     if start == "pissa":
         assert all(begun[path] < 0.75 * plain[path] for path in plain)
     want, bare = tiny_llama()(tokens()).logits, base(quantiser=quantiser)(tokens()).logits
-    assert error_by_norm(model(tokens()).logits, want) < (0.25 if bits == 4 else 0.015)
+    assert error_by_norm(model(tokens()).logits, want) < (0.015 if quantiser is INT8 else 0.25)
     if start == "pissa":
         assert error_by_norm(model(tokens()).logits, want) < error_by_norm(bare, want)
 
@@ -298,10 +309,9 @@ def test_a_start_that_takes_a_part_of_the_weight_takes_it_before_the_quantisatio
     assert torch.equal(dl.load_adapter(dl.unload(again), tmp_path / "again")(tokens()).logits, there)
 
 
-@bits
-def test_loftq_starts_closer_than_quantising_does_and_closer_with_more_steps(bits):
+@starts_on
+def test_loftq_starts_closer_than_quantising_does_and_closer_with_more_steps(quantiser):
     """On every matrix closer than plain; steps alternate two projections, one of them not convex: closer on the whole."""
-    quantiser = GroupQuantiser(bits, 16)
     plain = distances(base(quantiser=quantiser))
     fitted = distances(quantise(tiny_llama(), quantiser, dl.LoRA(r=4, init="loftq", targets="all-linear")))
     assert plain.keys() == fitted.keys()
