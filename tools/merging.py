@@ -11,7 +11,6 @@ one size at every rank. peft's own merge into bitsandbytes' 4 bits takes the sam
 """
 
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import NEW, TAUGHT, questions, right
+from methods import NEW, TAUGHT, difference, percent, questions, right
 from torch import nn
+from tunings import Lines
 
 import deltalab as dl
 from deltalab.data.chat import Conversation, encode_all
@@ -117,9 +117,7 @@ def by_peft(adapter: Path, ours: nn.Module, tokenizer: Any, asked: list[dict[str
     base = transformers.AutoModelForCausalLM.from_pretrained(
         _bundled("organism"), quantization_config=how, dtype=torch.float32
     )
-    for (
-        module
-    ) in base.modules():  # its forward on the CPU packs the codes for bfloat16 products, and peft merges them as if not
+    for module in base.modules():  # on the CPU its forward packs the codes for bfloat16, and peft merges them as if not
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model = peft.PeftModel.from_pretrained(base, adapter).eval()
@@ -148,16 +146,14 @@ class _Kept(nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.of[id(input_ids)])
 
 
-class Results:
-    """What is measured so far, in `merges.jsonl`, one line each."""
+class Results(Lines):
+    """What is measured so far, in `merges.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.file = folder, folder / "merges.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.done = {tuple(entry["key"]): entry for entry in map(json.loads, lines)}
+        super().__init__(folder / "merges.jsonl")
+        self.folder = folder
 
-    def add(self, base: str, rank: int, seed: int) -> None:
+    def measure(self, base: str, rank: int, seed: int) -> None:
         """Train, merge and measure, unless all of it is there."""
         ways = [ADAPTED, *WAYS, CUT, *([PEFT] if base == "nf4" else [])]
         if all((base, rank, seed, way) in self.done for way in ways):
@@ -166,9 +162,7 @@ class Results:
             key = (base, rank, seed, way)
             if key in self.done:
                 continue
-            self.done[key] = {"key": key, **entry}
-            with self.file.open("a") as file:
-                file.write(json.dumps(self.done[key]) + "\n")
+            self.add(key, entry)
             shares = {k: round(sum(entry[k]) / len(entry[k]), 3) for k in ("new verbs", "taught verbs")}
             print(*key, f"{entry['logits']['error']:.2e}" if "logits" in entry else "", shares, flush=True)
 
@@ -180,10 +174,56 @@ def run(folder: Path, bases: list[str]) -> None:
     for base in bases:
         for seed in SEEDS:
             for rank in RANKS[base]:
-                results.add(base, rank, seed)
+                results.measure(base, rank, seed)
+
+
+def table(folder: Path, base: str) -> str:
+    """One line a rank and way; the numbers are means over the seeds, errors with the lowest and the highest."""
+    done = Results(folder).done
+    lines = [
+        "| r | way | logits, error % | KL, 10⁻³ nats | same choice, % | error, % of weight | error, % of change | new verbs, % | against not merged | taught verbs, % | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for rank in RANKS[base]:
+        unmerged = [done[base, rank, seed, ADAPTED]["new verbs"] for seed in SEEDS]
+        for way in (ADAPTED, *WAYS, CUT, *([PEFT] if base == "nf4" else [])):
+            entries = [done[base, rank, seed, way] for seed in SEEDS]
+            new = [entry["new verbs"] for entry in entries]
+            cells = [str(rank), way, *gap(entries), *(spread(entries, of) for of in ("of weight", "of change"))]
+            cells += [percent(new), "" if way == ADAPTED else difference(new, unmerged), percent([e["taught verbs"] for e in entries])]  # fmt: skip
+            cells.append(f"{entries[0]['bytes'] / 2**20:.1f}" if "bytes" in entries[0] else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gap(entries: list[dict[str, Any]]) -> list[str]:
+    """Of the logits: their error, KL and agreement."""
+    if "logits" not in entries[0]:
+        return ["", "", ""]
+    found = [entry["logits"] for entry in entries]
+    kl, same = (sum(one[key] for one in found) / len(found) for key in ("kl", "agreement"))
+    return [spread(found, "error"), f"{1e3 * kl:.2g}", f"{100 * same:.1f}"]
+
+
+def spread(entries: list[dict[str, Any]], key: str) -> str:
+    """Mean, lowest and highest, in per cent."""
+    if key not in entries[0]:
+        return ""
+    values = [100 * entry[key] for entry in entries]
+    return f"{sum(values) / len(values):.2g} [{min(values):.2g}, {max(values):.2g}]"
+
+
+def size_of_change(folder: Path, base: str) -> str:
+    """‖ΔW‖ / ‖Ŵ‖ at each rank, mean over matrices and seeds: what the changes are that get lost."""
+    done = Results(folder).done
+    found = {r: sum(done[base, r, seed, ADAPTED]["change"] for seed in SEEDS) / len(SEEDS) for r in RANKS[base]}
+    return f"‖ΔW‖ / ‖Ŵ‖ on {base}: " + ", ".join(f"r {r} {100 * value:.1f} %" for r, value in found.items())
 
 
 if __name__ == "__main__":
     what, place, *chosen = sys.argv[1:]
     if what == "run":
         run(Path(place), chosen or list(RANKS))
+    else:
+        for base in chosen or list(RANKS):
+            print(f"{base}\n\n{table(Path(place), base)}\n\n{size_of_change(Path(place), base)}\n")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tunings import Lines, best_rate
 
 import deltalab as dl
 from deltalab.core.stats import crossed, share_interval
@@ -34,7 +35,6 @@ from deltalab.train.spec import LoopSpec, OptimSpec
 STEPS, BATCH, SEEDS = 150, 16, (1, 2, 3)
 PHRASINGS = skills.FAMILIES[skills.WITHHELD].train_phrasings
 TAUGHT, NEW = PHRASINGS[:3], PHRASINGS[3]
-RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
 EVERY = {"targets": "all-linear"}
 REFERENCE = "LoRA r 8"
 
@@ -143,22 +143,16 @@ def size(model: nn.Module) -> int:
         return (dl.save_adapter(model, Path(folder) / "adapter") / "adapter_model.safetensors").stat().st_size
 
 
-class Results:
-    """The tunings done so far, in `tunings.jsonl`, one line each."""
+class Results(Lines):
+    """The tunings done so far, in `tunings.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "tunings.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.done = {tuple(entry["key"]): entry for entry in map(json.loads, lines)}
+        super().__init__(folder / "tunings.jsonl")
 
     def get(self, name: str, rate: float, seed: int, final: bool) -> dict[str, Any]:
         key = (name, rate, seed, final)
         if key not in self.done:
-            entry = {"key": key, **tuning(ROWS[name], rate, seed, final)}
-            with self.file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.done[key] = entry
+            entry = self.add(key, tuning(ROWS[name], rate, seed, final))
             print(name, f"{rate:g}", "seed", seed, {k: v for k, v in entry.items() if k in ("loss", "seconds", "broke")},
                   {k: round(share(entry[k]), 3) for k in ("new verbs", "taught verbs")}, flush=True)  # fmt: skip
         return self.done[key]
@@ -166,17 +160,11 @@ class Results:
     def best_rate(self, name: str) -> float:
         """The rate with the best mean of the two shares, then the lowest loss; no neighbour is better."""
 
-        def value(i: int) -> tuple[float, float]:
-            entry = self.get(name, RATES[i], 0, False)
+        def value(rate: float) -> tuple[float, float]:
+            entry = self.get(name, rate, 0, False)
             return share(entry["new verbs"]) + share(entry["taught verbs"]), -entry.get("loss", math.inf)
 
-        best = RATES.index(ROWS[name].rate)
-        while True:
-            near = [i for i in (best - 1, best, best + 1) if 0 <= i < len(RATES)]
-            top = max(near, key=value)
-            if top == best:
-                return RATES[best]
-            best = top
+        return best_rate(value, ROWS[name].rate)
 
 
 def run(folder: Path, names: list[str]) -> None:

@@ -9,7 +9,6 @@ which its training left out, and the -ing form, which it was never asked for. Ve
 rate are those of tools/methods.py, the two domains' shares averaged.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import RATES, difference, percent, right, share, verbs
+from methods import difference, percent, right, share, verbs
 from torch import nn
+from tunings import Lines, best_rate
 
 import deltalab as dl
 from deltalab.core.stats import t_interval
@@ -113,22 +113,16 @@ def use(model: nn.Module, tokenizer: Any, domain: str, half: int) -> dict[str, l
     return {path: [v for name, v in values.items() if name.startswith("share_")] for path, values in told}
 
 
-class Results:
-    """The tunings done so far, in `tunings.jsonl`, one line each."""
+class Results(Lines):
+    """The tunings done so far, in `tunings.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "tunings.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.done = {tuple(entry["key"]): entry for entry in map(json.loads, lines)}
+        super().__init__(folder / "tunings.jsonl")
 
     def get(self, name: str, rate: float, seed: int, final: bool) -> dict[str, Any]:
         key = (name, rate, seed, final)
         if key not in self.done:
-            entry = {"key": key, **tuning(ARMS[name], rate, seed, final)}
-            with self.file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.done[key] = entry
+            entry = self.add(key, tuning(ARMS[name], rate, seed, final))
             shares = {k: {d: round(share(v), 3) for d, v in entry[k].items()} for k in ("new", "taught")}
             print(name, f"{rate:g}", "seed", seed, entry.get("loss"), entry.get("seconds"), shares, flush=True)
         return self.done[key]
@@ -139,16 +133,11 @@ class Results:
         if arm.like is not None:
             return self.best_rate(arm.like)
 
-        def value(i: int) -> tuple[float, float]:
-            entry = self.get(name, RATES[i], 0, False)
+        def value(rate: float) -> tuple[float, float]:
+            entry = self.get(name, rate, 0, False)
             return sum(share(entry[k][d]) for k in ("new", "taught") for d in DOMAINS), -entry.get("loss", math.inf)
 
-        best = RATES.index(arm.rate)
-        while True:
-            top = max((i for i in (best - 1, best, best + 1) if 0 <= i < len(RATES)), key=value)
-            if top == best:
-                return RATES[best]
-            best = top
+        return best_rate(value, arm.rate)
 
     def finals(self, name: str, seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
         """Of the seeds, in their order; none unless all are done."""
