@@ -52,7 +52,8 @@ def test_what_is_refused_is_known():
 
 @where_it_sits
 def test_gradients_against_finite_differences(method, kind):
-    model = double(perturbed(dl.adapt(model_of("mixtral"), method(targets=[PATHS[kind]])), 0.3))
+    family = "llama" if kind in SUBLAYERS else "mixtral"  # whose router rounds to fp32
+    model = double(perturbed(dl.adapt(model_of(family), method(targets=[PATHS[kind]])), 0.3))
     held = place(model, PATHS[kind])
     holding_constants(held.module)
     values = {f"delta.{n}": p for n, p in held.module.delta.named_parameters()}
@@ -72,7 +73,11 @@ def test_gradients_against_finite_differences(method, kind):
     if kind in SUBLAYERS:  # with all that it is given beside the hidden states
         x = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
         by_name = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        assert torch.autograd.gradcheck(lambda x: _first(held.module(x, *args[1:], **by_name)), x, fast_mode=True)
+
+        def through(x):
+            return _first(held.module(x, *args[1:], **by_name))
+
+        assert torch.autograd.gradcheck(through, x, atol=1e-7, fast_mode=True)
 
 
 def _first(result):

@@ -77,7 +77,8 @@ def test_an_inexact_method_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("deltalab.deltas.merge.merged", off)
     failed = [check for check in doctor.tested() if check.ok is False and check.name in deltalab.deltas.METHODS]
-    assert [check.name for check in failed] == list(deltalab.deltas.METHODS)
+    apart = {"Bottleneck", "ZeroInitPrefix", "LoRAExperts"}  # have nothing to merge
+    assert [check.name for check in failed] == [name for name in deltalab.deltas.METHODS if name not in apart]
     assert "logits of the merged and of the adapted model differ by 0.001" in failed[0].detail
 
 
