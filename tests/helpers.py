@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,13 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> transformers.PreTrainedTo
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=template
     )
+
+
+def model_folder(model: transformers.PreTrainedModel, folder: Path, **options: Any) -> Path:
+    """The folder with the model and a byte tokenizer in it."""
+    model.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tokens(batch: int = 2, length: int = 12, vocab: int = 270, seed: int = 0) -> torch.Tensor:

@@ -10,15 +10,12 @@ from deltalab.models.vllm_check import check_vllm
 from tests.cli.test_verbs import main
 from tests.deltas.perturb import perturbed
 from tests.families import logits
-from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_llama
+from tests.helpers import assert_close_by_norm, byte_tokenizer, model_folder, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return model_folder(tiny_llama(), tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

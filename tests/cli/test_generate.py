@@ -13,15 +13,12 @@ from deltalab.data.prompts import read_prompts
 from deltalab.models.generate import Generation
 from tests.cli.test_verbs import main
 from tests.deltas.perturb import perturbed
-from tests.helpers import byte_tokenizer, tiny_llama
+from tests.helpers import byte_tokenizer, model_folder, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return model_folder(tiny_llama(), tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,14 @@ from deltalab.models.load import load
 from deltalab.models.precision import cpu_multiplies_bfloat16
 from tests.cli.test_verbs import main
 from tests.deltas.perturb import perturbed
-from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_llama, tokens
+from tests.helpers import assert_close_by_norm, byte_tokenizer, model_folder, tiny_llama, tokens
 
 GROUP = "--group-size=8"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama(context=256).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return model_folder(tiny_llama(context=256), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from deltalab.models.quantised import CodesConfig
 from deltalab.quant.base import QuantisedLinear
 from deltalab.quant.linear import GroupQuantiser, quantiser
 from tests.families import inputs, model_of
-from tests.helpers import byte_tokenizer, tiny_llama
+from tests.helpers import model_folder, tiny_llama
 
 WAYS = ["nf4", "int8", "int4-group"]
 DENSE = ["llama", "llama-bf16", "llama-bias", "gpt2", "bert-classifier", "t5", "phi3", "gpt_neox"]
@@ -26,12 +26,6 @@ DENSE = ["llama", "llama-bf16", "llama-bias", "gpt2", "bert-classifier", "t5", "
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-
-
-def folder_of(model, folder, **options):
-    model.save_pretrained(folder, **options)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def assert_same(got, want, *, grad=True):
 @pytest.mark.parametrize("family", DENSE)
 def test_it_is_what_quantising_the_loaded_model_gives(family, way, tmp_path, streams):
     model = model_of(family)
-    folder_of(model, tmp_path, max_shard_size="40KB")
+    model_folder(model, tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     want = quantise(load(tmp_path, dtype=model.dtype)[0], quantiser(way))
     got, _ = load(tmp_path, dtype=model.dtype, quantize=way)
@@ -80,13 +74,13 @@ def test_it_is_what_quantising_the_loaded_model_gives(family, way, tmp_path, str
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "auto"])
 def test_the_weights_are_quantised_in_the_models_dtype(way, dtype, tmp_path):
-    folder_of(tiny_llama(bias=True, tied=True, dtype=torch.bfloat16), tmp_path)
+    model_folder(tiny_llama(bias=True, tied=True, dtype=torch.bfloat16), tmp_path)
     got, _ = load(tmp_path, dtype=dtype, quantize=way, device_map={"": "cpu"})
     assert_same(got, quantise(load(tmp_path, dtype=dtype)[0], quantiser(way)))
 
 
 def test_the_group_size_passes_through(tmp_path):
-    folder_of(tiny_llama(), tmp_path)
+    model_folder(tiny_llama(), tmp_path)
     got, _ = load(tmp_path, quantize="int8", group_size=8)
     assert_same(got, quantise(tiny_llama(), GroupQuantiser(8, 8)))
     assert {m.blocksize for m in load(tmp_path, quantize="nf4", group_size=128)[0].modules() if hasattr(m, "blocksize")} == {128}  # fmt: skip
@@ -97,7 +91,7 @@ def test_the_group_size_passes_through(tmp_path):
 def test_one_matrix_at_a_time_is_there_in_full_precision(tmp_path, monkeypatch):
     model = tiny_llama(layers=1, dtype=torch.bfloat16)
     shapes = {tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
-    folder_of(model, tmp_path)
+    model_folder(model, tmp_path)
     del model
 
     def there():
@@ -139,7 +133,7 @@ def test_an_adapter_starts_as_on_the_loaded_model(spec, way, tmp_path, streams):
     """A start that looks at the weights before they are quantised finds them; any other needs no such weights."""
     make, streamed = SPECS[spec]
     way = "int4-group" if spec == "qalora" else way
-    folder_of(tiny_llama(), tmp_path)
+    model_folder(tiny_llama(), tmp_path)
     batches = [{key: inputs(tiny_llama(), seed)[key] for key in ("input_ids",)} for seed in range(2)]
     got, _ = load(tmp_path, quantize=way, adapt=make(), seed=3, calibration=batches)
     assert streams == [(14, 0) if streamed else (0, 14)]
@@ -147,7 +141,7 @@ def test_an_adapter_starts_as_on_the_loaded_model(spec, way, tmp_path, streams):
 
 
 def test_weights_that_train_themselves_are_refused(tmp_path):
-    folder_of(tiny_llama(), tmp_path)
+    model_folder(tiny_llama(), tmp_path)
     for what in ("full", "re:.*q_proj.weight"):
         with pytest.raises(dl.UserError, match=r"q_proj' is meant to train itself, and codes do not train"):
             load(tmp_path, quantize="nf4", adapt=dl.Train(what))
@@ -157,7 +151,7 @@ def test_weights_that_train_themselves_are_refused(tmp_path):
 
 @pytest.mark.parametrize("way", ["nf4", "int8"])
 def test_what_is_wrong_with_the_weights_is_named(way, tmp_path):
-    folder_of(tiny_llama(), tmp_path)
+    model_folder(tiny_llama(), tmp_path)
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -175,10 +169,10 @@ def test_what_is_wrong_with_the_weights_is_named(way, tmp_path):
 
 
 def test_experts_and_several_devices_are_refused(tmp_path, monkeypatch):
-    folder_of(model_of("mixtral"), tmp_path / "experts")
+    model_folder(model_of("mixtral"), tmp_path / "experts")
     with pytest.raises(dl.UserError, match="holds experts as 3-D parameters"):
         load(tmp_path / "experts", quantize="nf4")
-    folder_of(tiny_llama(), tmp_path / "llama")
+    model_folder(tiny_llama(), tmp_path / "llama")
     spread = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
     with pytest.raises(dl.UserError, match=r"stays on one device.*spreads it over 2[\s\S]*found: cpu, disk"):
         load(tmp_path / "llama", quantize="int8", device_map=spread)
@@ -186,7 +180,7 @@ def test_experts_and_several_devices_are_refused(tmp_path, monkeypatch):
 
 
 def test_transformers_quantises_with_the_config_as_well(tmp_path):
-    folder_of(tiny_llama(), tmp_path)
+    model_folder(tiny_llama(), tmp_path)
     how = quantiser("int8")
     got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CodesConfig("int8", how))
     assert_same(got, quantise(tiny_llama(), how))
