@@ -1,6 +1,6 @@
 """Injects known faults into a copy of the package, one at a time; the tests named beside each must turn red.
 
-    .venv/bin/python tools/mutants.py [NAME ...] [--list] [--keep-going]
+    .venv/bin/python tools/mutants.py [NAME ...] [--list]
 
 A fault is a replacement of a string that stands exactly once in its file; where it does not, the list here is out of
 date and the run fails. The tests must be green without a fault, and a fault must fail a test rather than an import.
@@ -284,6 +284,31 @@ MUTANTS = [
     mutant(
         "what combining lost not told", "deltas/combine.py", "return _Best(found, norm, float(lost))",
         "return _Best(found, norm, 0.0)", "tests/deltas/test_combine.py",
+    ),
+    mutant(
+        "nested scales without their mean", "quant/nf4.py", "quantise_scales(absmax - offset)", "quantise_scales(absmax)",
+        "tests/quant/test_nf4.py",
+    ),
+    mutant(
+        "an adapter beside reads the result", "deltas/bottleneck.py", "self.adapter(x if self.parallel else h)",
+        "self.adapter(h)", "tests/deltas/test_bottleneck.py",
+    ),
+    mutant(
+        "every expert acts on every token", "deltas/lora_experts.py", "torch.zeros_like(p).scatter(-1, chosen, top)", "p",
+        "tests/deltas/test_lora_experts.py",
+    ),
+    mutant(
+        "the balance counts a token once for all its experts", "deltas/lora_experts.py",
+        "experts * assigned / (self.top_k * tokens) / tokens", "experts * assigned / tokens / tokens",
+        "tests/deltas/test_lora_experts_balance.py",
+    ),
+    mutant(
+        "an export forgets the scale", "models/vllm.py", "return A.detach(), s * B.detach()",
+        "return A.detach(), B.detach()", "tests/models/test_export.py",
+    ),
+    mutant(
+        "a correction beside the codes of the whole", "deltas/merge.py", "return linear.requantised(rest), pair",
+        "return linear.requantised(W), pair", "tests/deltas/test_merge.py",
     ),
 ]  # fmt: skip
 
