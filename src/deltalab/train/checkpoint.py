@@ -19,7 +19,7 @@ from deltalab.core.files import disk_faults, file_digest, read_json, remove, rep
 
 FORMAT = 1
 TENSORS = ("trained", "optimizer", "rng")
-FREE = ("output", "run.resume", "run.keep", "run.checkpoint_every")
+FREE = ("output", "run.resume", "run.keep", "run.checkpoint_every", "run.checkpointing", "run.offload")
 """Parts of a spec that may change between start and resume: they do not change the result."""
 
 

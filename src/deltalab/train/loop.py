@@ -36,6 +36,7 @@ from deltalab.train.curves import Curves
 from deltalab.train.devices import cpu_only
 from deltalab.train.interrupts import interrupts
 from deltalab.train.loss import count, mean_nll, nll_sum
+from deltalab.train.memory import checkpointed, offload
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
 from deltalab.train.progress import Progress
 from deltalab.train.result import State, TrainResult
@@ -99,7 +100,9 @@ class Loop:
         if self.spec.run.dtype == "bfloat16":
             require_bfloat16(self.accelerator.device)
         rng.seed_all(self.spec.seed + self.accelerator.process_index)
-        optimizer = make_optimizer(self.model, self.spec.optim)
+        device = self.accelerator.device
+        self.saving = offload(self.model, device) if self.spec.run.offload else contextlib.nullcontext()
+        optimizer = make_optimizer(self.model, self.spec.optim, device)
         if self.freezer is not None:
             self.freezer.install(optimizer)
         mode, marks = self.model.training, {key: self.model.__dict__.get(key) for key in ACCELERATE_MARKS}
@@ -108,7 +111,8 @@ class Loop:
         try:
             self._resume()
             shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
-            with interrupts() as stop, contextlib.closing(shown):
+            again = checkpointed(self.model, self.spec.run.checkpointing)
+            with interrupts() as stop, contextlib.closing(shown), again:
                 self._run(shown, stop)
             if self.keeps_best and self.state.best is not None:
                 load_trained_state(self.model, self._best())
@@ -170,7 +174,8 @@ class Loop:
             last = number == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
-                part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece])) / total
+                with self.saving:
+                    part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece])) / total
                 extra = schedule.penalty(self.model) if last and is_adapted(self.model) else None
                 # the penalty is the same in every process, so its average is itself
                 self.accelerator.backward(part * world if extra is None else part * world + extra)

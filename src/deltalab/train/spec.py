@@ -21,6 +21,7 @@ class OptimSpec(Spec):
     batch: samples in one optimizer step, over all processes. accumulate: in how many pieces a process computes it,
     which changes memory and not the result. warmup: fraction of the steps. clip: largest gradient norm, null for none.
     steps or epochs: one of them; one epoch if neither is given. Weight decay is for matrices only.
+    paged: 32 or 8, the bits of moments that bitsandbytes moves to CPU memory while a GPU is full; null for torch's AdamW.
     """
 
     lr: PositiveFloat = 1e-4
@@ -33,6 +34,7 @@ class OptimSpec(Spec):
     epochs: PositiveInt | None = None
     batch: PositiveInt = 8
     accumulate: PositiveInt = 1
+    paged: Literal[32, 8] | None = None
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -49,6 +51,8 @@ class RunSpec(Spec):
     context: longest sample in tokens; null for the model's own, at most 1024. too_long: what becomes of longer ones.
     checkpoint_every: steps; null for a tenth of the run. keep: checkpoints kept beside the best one.
     dtype: of the computation; in bfloat16 what is trained stays in float32. resume: go on from the last checkpoint.
+    checkpointing: layers are computed again in the backward, for less memory. offload: what the backward needs waits in
+    CPU memory; on CUDA alone. Neither changes the result.
     """
 
     context: PositiveInt | None = None
@@ -57,6 +61,8 @@ class RunSpec(Spec):
     keep: PositiveInt = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     resume: bool = True
+    checkpointing: bool = False
+    offload: bool = False
 
 
 class EvalSpec(Spec):
