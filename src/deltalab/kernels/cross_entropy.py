@@ -197,10 +197,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3] if graded else NOTHING
         # of a sum over rows that are weighed only later, the head's gradient has to wait
         again = reduction == "none" and any(wanted[1:])
+        weights = mean_weights(head, dtype) if reduction == "mean" else None
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, gradients = sweep(head, options, dtype, NOTHING if again else wanted)
+            losses, gradients = sweep(head, options, dtype, NOTHING if again else wanted, weights)
         ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, W.dtype, None if bias is None else bias.dtype)
-        ctx.options, ctx.dtype, ctx.reduction, ctx.again, ctx.count = options, dtype, reduction, again, len(losses)
+        ctx.options, ctx.dtype, ctx.reduction, ctx.again = options, dtype, reduction, again
         ctx.save_for_backward(*(head if again else (*gradients, rows)))
         if reduction != "none":
             total = losses.sum()
@@ -214,16 +215,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduction == "none" and rows is not None:
             grad = grad[rows]
         if ctx.again:
+            hidden, W, bias, targets = saved
             with torch.autocast(grad.device.type, enabled=False):
-                _, gradients = sweep(Head(*saved, rows), ctx.options, ctx.dtype, ctx.needs_input_grad[:3], grad)
+                _, gradients = sweep(
+                    Head(hidden, W, bias, targets, rows), ctx.options, ctx.dtype, ctx.needs_input_grad[:3], grad
+                )
             factor: Tensor | None = None
         else:
-            gradients = Gradients(*saved)
-            factor = grad / ctx.count if ctx.reduction == "mean" else grad
+            gradients, factor = Gradients(*saved), grad
         dh, dW, db = (_scaled(t, factor, dtype) for t, dtype in zip(gradients, ctx.dtypes, strict=True))
         if dh is not None and rows is not None:
             dh = dh.new_zeros(ctx.shape).index_copy_(0, rows, dh)
         return dh, dW, db, None, None, None, None, None
+
+
+def mean_weights(head: Head, dtype: torch.dtype) -> Float[Tensor, " m"]:
+    """1 / m: part of the gradients before they are rounded, as in torch's own mean."""
+    m = len(head.hidden) if head.rows is None else len(head.rows)
+    return head.hidden.new_full((m,), 1 / max(m, 1), dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _scaled(t: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
