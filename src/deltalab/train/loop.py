@@ -1,7 +1,7 @@
 """The training loop, to be read from top to bottom.
 
 One optimizer step takes `batch` samples. Its loss is the mean negative log-likelihood over all counted tokens of those
-samples, so cutting the batch into pieces (`accumulate`) or over processes does not change the step: each piece's sum
+samples, so cutting the batch into pieces or over processes, packed or padded, does not change the step: each piece's sum
 is divided by the count of the whole batch. A method's penalty is added once a step and is not part of the noted loss.
 Everything a step depends on (weights, moments, generators, data order, learning rate) is in the checkpoint or a pure
 function of the step, so a resumed run is bitwise the undisturbed one.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
+from deltalab.data.packing import Batch, cut, pack
 from deltalab.deltas import schedule
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
@@ -38,9 +39,10 @@ from deltalab.train.interrupts import interrupts
 from deltalab.train.loss import count, mean_nll, nll_sum
 from deltalab.train.memory import checkpointed, offload
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
-from deltalab.train.progress import Progress
+from deltalab.train.progress import Progress, say
 from deltalab.train.result import State, TrainResult
 from deltalab.train.spec import LoopSpec
+from deltalab.train.trial import Packing, choose_packing
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What `Accelerator.prepare` sets on a model. Left there, a second run on it would skip the mixed precision."""
@@ -87,6 +89,7 @@ class Loop:
         self.state = State()
         self.best_weights: dict[str, Tensor] | None = None
         self.order: tuple[int, list[list[int]]] = (-1, [])
+        self.packing = Packing(False, "")
 
     def run(self) -> TrainResult:
         """Train to the end, from the start or the last checkpoint; the model is left with its final weights.
@@ -109,6 +112,7 @@ class Loop:
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.on_main = self.accelerator.is_main_process
         try:
+            self._choose_packing()
             self._resume()
             shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
             again = checkpointed(self.model, self.spec.run.checkpointing)
@@ -128,7 +132,18 @@ class Loop:
                 parameter.grad = None
         losses = [row["loss"] for row in self.curves.rows.get("train", [])]
         s = self.state
-        return TrainResult(s.step, losses, self.curves.rows, s.best, s.seconds, s.tokens, s.stopped)
+        how = {"packed": self.packing.packed, "packing": self.packing.why}
+        return TrainResult(s.step, losses, self.curves.rows, s.best, s.seconds, s.tokens, s.stopped, how)
+
+    def _choose_packing(self) -> None:
+        """Pack or pad, for the whole run; a run that goes on has to come to the same."""
+        self.packing = choose_packing(self.spec.run.pack, self.model, self.data)
+        say(f"  batches: {self.packing}", self.progress and self.on_main)
+        if self.identity:
+            self.identity["packing"] = self.packing.packed
+
+    def _cut(self, lengths: Sequence[int], pieces: int, processes: int = 1) -> list[list[list[int]]]:
+        return cut(lengths, packed=self.packing.packed, budget=self.spec.run.tokens, pieces=pieces, processes=processes)
 
     def _run(self, shown: Progress, stop: threading.Event) -> None:
         if self.state.step == 0:
@@ -169,13 +184,13 @@ class Loop:
         rate = set_rate(self.optimizer, self.spec.optim, self.state.step, self.steps)
         self.prepared.train()
         loss = torch.zeros((), device=self.accelerator.device)
-        pieces = _pieces(samples[rank::world], self.spec.optim.accumulate)
+        pieces = self._cut([self.lengths[i] for i in samples], self.spec.optim.accumulate, world)[rank]
         for number, piece in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
                 with self.saving:
-                    part = nll_sum(self.prepared, self._tensors([self.data[i] for i in piece])) / total
+                    part = nll_sum(self.prepared, self._tensors([self.data[samples[i]] for i in piece])) / total
                 extra = schedule.penalty(self.model) if last and is_adapted(self.model) else None
                 # the penalty is the same in every process, so its average is itself
                 self.accelerator.backward(part * world if extra is None else part * world + extra)
@@ -224,8 +239,11 @@ class Loop:
         While a method's schedule runs, no weights are the best: they are not the method's yet.
         """
         self.prepared.eval()
+        held = sorted(self.held_out, key=lambda sample: -len(sample.input_ids))
         size = -(-self.spec.optim.batch // self.spec.optim.accumulate)
-        loss, state = mean_nll(self.model, self.held_out, size, self._tensors), self.state
+        (pieces,) = self._cut([len(sample.input_ids) for sample in held], -(-len(held) // size))
+        batches = [[held[i] for i in piece] for piece in pieces]
+        loss, state = mean_nll(self.model, batches, self._tensors), self.state
         self._note("eval", {"step": state.step, "loss": loss})
         ready = schedule.is_ready(self.model)  # halfway through a schedule there is nothing to end with
         better = ready and np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
@@ -241,12 +259,14 @@ class Loop:
             patience = self.spec.eval.patience
             state.stopped = patience is not None and state.since_best >= patience
 
-    def _tensors(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A padded batch on the device. A process or piece without a sample runs some sample with no label counted."""
+    def _tensors(self, samples: Sequence[Encoded]) -> Batch:
+        """A batch on the device. A process or piece without a sample runs some sample with no label counted."""
         if not samples:
             ids = self.data[0].input_ids
             samples = [Encoded(ids, [IGNORED] * len(ids))]
-        return {name: tensor.to(self.accelerator.device) for name, tensor in collate(samples, self.pad_id).items()}
+        batch = pack(samples) if self.packing.packed else collate(samples, self.pad_id)
+        device = self.accelerator.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _note(self, name: str, row: dict[str, Any]) -> None:
         if self.on_main:
@@ -320,8 +340,3 @@ class Loop:
         self.curves.sync()
         raise UserError(f"the run broke down in step {self.state.step + 1}: loss {loss}, gradient norm {norm}.", found=where,
                         next=f"lower optim.lr (now {self.spec.optim.lr:g}) or optim.clip, lengthen optim.warmup, and use another output folder or run.resume=false")  # fmt: skip
-
-
-def _pieces(samples: list[int], n: int) -> list[list[int]]:
-    """`samples` in n runs of nearly equal length; some are empty if there are fewer samples."""
-    return [[samples[i] for i in part] for part in np.array_split(np.arange(len(samples)), n)]

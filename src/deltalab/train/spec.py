@@ -19,7 +19,7 @@ class OptimSpec(Spec):
     """AdamW and its schedule.
 
     batch: samples in one optimizer step, over all processes. accumulate: in how many pieces a process computes it,
-    which changes memory and not the result. warmup: fraction of the steps. clip: largest gradient norm, null for none.
+    which changes memory and not the result; `run.tokens` makes more of them where needed. warmup: fraction of the steps. clip: largest gradient norm, null for none.
     steps or epochs: one of them; one epoch if neither is given. Weight decay is for matrices only.
     paged: 32 or 8, the bits of moments that bitsandbytes moves to CPU memory while a GPU is full; null for torch's AdamW.
     """
@@ -51,7 +51,9 @@ class RunSpec(Spec):
     context: longest sample in tokens; null for the model's own, at most 1024. too_long: what becomes of longer ones.
     checkpoint_every: steps; null for a tenth of the run. keep: checkpoints kept beside the best one.
     dtype: of the computation; in bfloat16 what is trained stays in float32. resume: go on from the last checkpoint.
-    checkpointing: layers are computed again in the backward, for less memory. offload: what the backward needs waits in
+    pack: samples of a piece one behind the other, without padding; null where a trial finds that the model supports it.
+    tokens: at most so many in a forward pass, padding included: pieces are cut to fit, and a longer sample goes alone.
+    null leaves it to `optim.accumulate`. checkpointing: layers are computed again in the backward, for less memory. offload: what the backward needs waits in
     CPU memory; on CUDA alone. Neither changes the result.
     """
 
@@ -61,6 +63,8 @@ class RunSpec(Spec):
     keep: PositiveInt = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     resume: bool = True
+    pack: bool | None = None
+    tokens: PositiveInt | None = None
     checkpointing: bool = False
     offload: bool = False
 
