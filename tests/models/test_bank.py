@@ -51,7 +51,7 @@ def test_the_products_are_pooled_and_no_base_weight_is_copied(monkeypatch):
     with bank.rows(["r5", "r6", "r7", "r8"]):
         logits(base, tokens(4, 1))
     assert calls == [
-        (4, 1, 32 if i % 7 < 6 else 48) for i in range(14)
+        (4, 8, 32 if i % 7 < 6 else 48) for i in range(14)
     ]  # one for A of four adapters; that of B adds to y
     assert linears
     assert set(linears) <= set(before.values())

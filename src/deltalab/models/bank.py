@@ -17,15 +17,18 @@ import transformers
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.apart import Source, apart, twin
-from deltalab.deltas.bank import Adapter, Run, entry, get_up, running, sit
+from deltalab.deltas.bank import Adapter, Run, distinct, entry, get_up, running, sit
 from deltalab.deltas.base import Delta
 from deltalab.deltas.sites import Place, places
+from deltalab.deltas.stacks import Stacks
 from deltalab.models.generate import Generation, Prompt, generate
 from deltalab.models.load import load_tokenizer
 from deltalab.quant import foreign
 
-KEPT_RUNS = 4
-"""Assignments of rows whose stacked tensors are kept to be used again; each is a copy of the adapters that it uses."""
+KEPT = 4
+"""Assignments of rows, and sets of adapters, whose stacked tensors are kept to be used again; each may be a copy of the
+adapters that it uses.
+"""
 
 _keys = itertools.count()
 
@@ -48,6 +51,7 @@ class AdapterBank:
         foreign.hold(model)
         self._table: Mapping[str, Adapter] = {}
         self._runs: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
+        self._sets: OrderedDict[tuple[Adapter, ...], Stacks] = OrderedDict()
         self._open, self._closed = 0, False
         self._changing, self._running = threading.Lock(), threading.Lock()
         self._training = [module for module in model.modules() if module.training]
@@ -67,7 +71,7 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapters' tensors. A run adds a copy of those that it stacks, while it is remembered."""
+        """Bytes of the adapters' tensors. Those that a run stacks a second time are copied once more, while it is remembered."""
         return sum(adapter.nbytes for adapter in self._table.values())
 
     def __len__(self) -> int:
@@ -115,8 +119,10 @@ class AdapterBank:
             gone = self._adapter(name, self._table)
             self._table = {other: adapter for other, adapter in self._table.items() if other != name}
         with self._running:
-            for key in [key for key, run in self._runs.items() if gone in run.adapters]:
+            for key in [key for key in self._runs if gone in key[0]]:
                 del self._runs[key]
+            for them in [them for them in self._sets if gone in them]:
+                del self._sets[them]
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[str | None], *, repeat: int = 1) -> Iterator[None]:
@@ -155,6 +161,7 @@ class AdapterBank:
                 raise UserError("the bank is in use.", found=f"{self._open} blocks of bank.rows or bank.generate", next="close it when they have ended")  # fmt: skip
             self._closed, self._table = True, {}
             self._runs.clear()
+            self._sets.clear()
             get_up(self._places, self._key)
             for module in self._training:
                 module.training = True
@@ -174,12 +181,15 @@ class AdapterBank:
                 self._open -= 1
 
     def _remembered(self, adapters: tuple[Adapter | None, ...], repeat: int) -> Run:
-        key = (adapters, repeat)
-        run = self._runs.pop(key, None) or Run(adapters, repeat)
-        if all(adapter is None or self._table.get(adapter.name) is adapter for adapter in adapters):
-            self._runs[key] = run  # the latest is the last
-        while len(self._runs) > KEPT_RUNS:
+        key, them = (adapters, repeat), distinct(adapters)
+        shared = self._sets.pop(them, None) or Stacks()
+        run = self._runs.pop(key, None) or Run(adapters, repeat, shared)
+        if all(self._table.get(adapter.name) is adapter for adapter in them):
+            self._runs[key], self._sets[them] = run, run.shared  # the latest are the last
+        while len(self._runs) > KEPT:
             self._runs.popitem(last=False)
+        while len(self._sets) > KEPT:
+            self._sets.popitem(last=False)
         return run
 
     def _adapters(self, names: Sequence[str | None], table: Mapping[str, Adapter]) -> list[Adapter | None]:
