@@ -39,6 +39,7 @@ class LowRankSpec(DeltaSpec, abc.ABC):
 
     peft_type: ClassVar[str | None] = "LORA"
     peft_fuses: ClassVar[bool] = True
+    alike: ClassVar[bool] = True
     peft_keys: ClassVar[frozenset[str]] = frozenset(
         {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
          "ensure_weight_tying"}
@@ -54,8 +55,9 @@ class LowRankSpec(DeltaSpec, abc.ABC):
         rank_of = _by_path(self.rank_pattern, paths, type(self).__name__)
         alpha_of = _by_path(self.alpha_pattern, paths, type(self).__name__)
         plain = self.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
-        own = {path: {"r": rank_of.get(path, self.r), "alpha": alpha_of.get(path, self.alpha)} for path in paths}
-        return {path: plain.model_copy(update=fields) for path, fields in own.items()}
+        own = {path: (rank_of.get(path, self.r), alpha_of.get(path, self.alpha)) for path in paths}
+        specs = {(r, alpha): plain.model_copy(update={"r": r, "alpha": alpha}) for r, alpha in set(own.values())}
+        return {path: specs[fields] for path, fields in own.items()}
 
     def to_peft(self) -> dict[str, Any]:
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
@@ -138,12 +140,14 @@ def by_pattern(patterns: dict[str, Any] | None, paths: Sequence[str], default: A
 def _by_path(patterns: Mapping[str, Any], paths: Sequence[str], name: str) -> dict[str, Any]:
     """Path -> value of the first pattern that means it. Raises: UserError for a pattern that means none."""
     values: dict[str, Any] = {}
+    there = set(paths)
     for pattern, value in patterns.items():
-        found = meant(pattern, paths)
+        found = [pattern] if pattern in there else meant(pattern, paths)
         if not found:
             raise UserError(
                 f"the pattern '{pattern}' of {name} matches none of its modules.",
                 found=f"{len(paths)} modules, the first is {paths[0]}",
             )
-        values = dict.fromkeys(found, value) | values
+        for path in found:
+            values.setdefault(path, value)
     return values

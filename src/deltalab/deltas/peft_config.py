@@ -4,7 +4,9 @@ An option that this version of deltalab does not know is refused too unless it i
 run another model than the one that was trained.
 """
 
+import functools
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -14,7 +16,7 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.deltas import methods
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import own_keys, saved_names
-from deltalab.deltas.select import layer_numbers, leaf, model_name, select
+from deltalab.deltas.select import endings, layer_numbers, leaf, model_name, refuse_tied, select
 from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, base_parameters, places
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.weights import Group, Planned
@@ -115,21 +117,23 @@ def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpe
         output = getattr(model, "get_output_embeddings", lambda: None)()
         wanted = [p for p in there if places_[p].kind == "linear" and places_[p].module is not output]
     elif not isinstance(wanted, str):
+        ends = endings(there)
         for name in sorted(wanted):
-            if not any(_ends(path, name) for path in there):
+            if name not in ends:
                 raise UserError(f"the adapter's target '{name}' matches no linear of {model_name(model)}.",
                                 nearest=nearest(leaf(name), {leaf(p) for p in there}), next="load it on the model that it was trained on")  # fmt: skip
     layers = config.get("layers_to_transform")
     if layers not in (None, []):
         layer_numbers(model, [layers] if isinstance(layers, int) else layers)  # refuses those that are not there
     chosen = {**config, "target_modules": wanted}
-    found = [path for path in places_ if path in stacked or (path in there and _takes(chosen, path))]
+    takes = _taker(chosen)
+    found = [path for path, where in places_.items() if path in stacked or (where.kind != "experts" and takes(path))]
     if not found:
         raise UserError(
             f"the adapter's targets match no linear of {model_name(model)}.",
             found=f"target_modules={config.get('target_modules')!r}, layers_to_transform={layers!r}",
         )
-    select(model, found)  # refuses tied weights by name
+    refuse_tied(places_, set(found))
     return found
 
 
@@ -154,11 +158,11 @@ def peft_where(
     short = sorted({leaf(path) for path in plain})
     where: list[dict[str, Any]] = [{"target_modules": short}, {"target_modules": short, "layers_to_transform": layers},
              {"target_modules": plain}, {"target_modules": "|".join(map(re.escape, plain))}]  # fmt: skip
-    takes = (w for w in where if not w.keys() & method.peft_lacks)
-    found = next((w for w in takes if {m for m in modules if _takes({**part, **w}, m)} == set(plain)), None)
+    said = (w for w in where if not w.keys() & method.peft_lacks)
+    found = next((w for w in said if set(filter(_taker({**part, **w}), modules)) == set(plain)), None)
     ends = (sorted({leaf(path) for path in stacked}), sorted(stacked))
     names = base_parameters(model)
-    parameters = next((e for e in ends if {n for n in names if any(_ends(n, t) for t in e)} == stacked), None)
+    parameters = next((e for e in ends if set(filter(_meaning(e), names)) == stacked), None)
     if found is None or parameters is None or (stacked and transposed):
         return None
     return {**found, "fan_in_fan_out": transposed} | ({"target_parameters": parameters} if stacked else {})
@@ -181,24 +185,38 @@ def _parameters(model: nn.Module, config: dict[str, Any], there: dict[str, Place
     return found
 
 
-def _takes(config: dict[str, Any], path: str) -> bool:
-    """Whether peft adapts a module of this path: a string is a regular expression, a list holds endings of paths."""
-    wanted, excluded, layers = (
-        config["target_modules"],
-        config.get("exclude_modules"),
-        config.get("layers_to_transform"),
-    )
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved_names(config)):
+def _taker(config: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether peft adapts a module of a path: a string is a regular expression, a list holds endings of paths."""
+    wanted, layers = config["target_modules"], config.get("layers_to_transform")
+    meant, excluded = _meaning(wanted), _meaning(config.get("exclude_modules") or [])
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in saved_names(config)]
+
+    def takes(path: str) -> bool:
+        if not meant(path) or any(name.match(path) for name in saved) or excluded(path):
+            return False
+        if isinstance(wanted, str) or layers is None or layers == []:
+            return True
+        number = _layer(path, config.get("layers_pattern"))
+        return number == layers if isinstance(layers, int) else number in layers
+
+    return takes
+
+
+def _meaning(names: str | Iterable[str]) -> Callable[[str], bool]:
+    """Whether a path is meant by a regular expression, or by one of these ends of paths."""
+    if isinstance(names, str):
+        return functools.partial(_regex, names)
+    ends = frozenset(names)
+
+    def meant(path: str) -> bool:
+        dot = "."
+        while dot:
+            if path in ends:
+                return True
+            _, dot, path = path.partition(".")
         return False
-    if _regex(excluded, path) if isinstance(excluded, str) else any(_ends(path, name) for name in excluded or []):
-        return False
-    if isinstance(wanted, str):
-        return _regex(wanted, path)
-    if layers is None or layers == []:
-        return any(_ends(path, name) for name in wanted)
-    number = _layer(path, config.get("layers_pattern"))
-    inside = number == layers if isinstance(layers, int) else number in layers
-    return inside and any(_ends(path, name) for name in wanted)
+
+    return meant
 
 
 def _ends(path: str, name: str) -> bool:

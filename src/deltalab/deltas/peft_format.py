@@ -13,12 +13,13 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, remove, replacing
+from deltalab.core.tensors import read_tensors, write_tensors
 from deltalab.deltas.adapt import start
+from deltalab.deltas.base import Delta
 from deltalab.deltas.masks import Train
 from deltalab.deltas.own_format import OWN_TYPE, as_own, check_tensors, load_own, load_trained_state, trained_state
 from deltalab.deltas.peft_config import peft_plan, peft_where
@@ -35,8 +36,9 @@ from deltalab.deltas.peft_own import (
 from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
+from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.switch import adapters, drop
-from deltalab.deltas.weights import Planned, adaptation, attached, grouped, is_adapted
+from deltalab.deltas.weights import Group, Planned, adaptation, attached, grouped, is_adapted
 
 __all__ = ["load_adapter", "load_trained_state", "save_adapter", "trained_by", "trained_state", "write_adapter"]
 
@@ -65,20 +67,19 @@ def write_adapter(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; an adapter is a folder.", next="choose another folder")
-    files = {
-        CONFIG: json.dumps(config, indent=2, sort_keys=theirs is not None).encode(),  # of our patterns the first counts
-        WEIGHTS: save(_on_cpu(tensors), {"format": "pt"}),
-    }
-    if folder.is_dir() and {p.name for p in folder.iterdir()} - files.keys():
+    text = json.dumps(config, indent=2, sort_keys=theirs is not None)  # of our patterns the first counts
+    weights = _on_cpu(tensors)
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS}:
         remove(folder / CONFIG)  # others' files stay; without its config a half-written adapter is not taken for one
-        for name in (WEIGHTS, CONFIG):
-            with replacing(folder / name) as tmp:
-                tmp.write_bytes(files[name])
+        with replacing(folder / WEIGHTS) as tmp:
+            write_tensors(tmp, weights, {"format": "pt"})
+        with replacing(folder / CONFIG) as tmp:
+            tmp.write_bytes(text.encode())
     else:
         with replacing(folder) as tmp:
             tmp.mkdir()
-            for name, content in files.items():
-                (tmp / name).write_bytes(content)
+            (tmp / CONFIG).write_bytes(text.encode())
+            write_tensors(tmp / WEIGHTS, weights, {"format": "pt"})
     return folder
 
 
@@ -98,18 +99,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     other_vocabulary(model, {name: tensors[key] for key, name in own.items() if key in tensors}, what)
     parameters = dict(model.named_parameters())
     expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
+    keys = {path: key_of(model, path, targets) for path in targets}
     for group in plan.groups:
-        skeletons = {
-            path: spec.build(place(model, path).site(path)._replace(device=torch.device("meta")))
-            for path, spec in group.spec.each(group.paths).items()
-        }
-        group.spec.join(skeletons)
-        slots = {path: delta.slots() for path, delta in skeletons.items()}
-        expected |= {
-            f"{key_of(model, path, targets)}.{key}": tuple(t.shape)
-            for path, keys in slots.items()
-            for key, t in keys.items()
-        }
+        skeletons = _skeletons(model, group)
+        for path, delta in skeletons.items():
+            for key, t in delta.slots().items():
+                expected[f"{keys[path]}.{key}"] = tuple(t.shape)
         expected |= {SHARED + key: tuple(t.shape) for key, t in group.spec.shared_to_peft(skeletons).items()}
     check_tensors(tensors, expected, what)
     values = own_values(tensors, own)
@@ -119,11 +114,13 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     active = adapters(model)[:1]
     start(model, plan, adapter=adapter)
     try:
-        for group, deltas in grouped(model):
+        groups = grouped(model)
+        for group, deltas in groups:
             group.spec.begin_again(model, deltas)
-        for path, delta in attached(model).items():
-            delta.from_peft({key: tensors[f"{key_of(model, path, targets)}.{key}"] for key in delta.slots()})
-        for group, deltas in grouped(model):
+        for _, deltas in groups:
+            for path, delta in deltas.items():
+                delta.from_peft({key: tensors[f"{keys[path]}.{key}"] for key in delta.slots()})
+        for group, deltas in groups:
             shared = group.spec.shared_to_peft(deltas)
             group.spec.shared_from_peft(deltas, {key: tensors[SHARED + key] for key in shared})
         with torch.no_grad():
@@ -133,6 +130,23 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
         drop(model, active)
         raise
     return model
+
+
+def _skeletons(model: nn.Module, group: Group) -> dict[str, Delta]:
+    """A group's deltas without memory, for the shapes of their tensors.
+
+    One stands for all that are alike, where the spec joins nothing.
+    """
+    alone = group.spec.alike and type(group.spec).join is DeltaSpec.join
+    built: dict[Any, Delta] = {}
+    skeletons: dict[str, Delta] = {}
+    for path, spec in group.spec.each(group.paths).items():
+        site = place(model, path).site(path)._replace(device=torch.device("meta"))
+        alike = (id(spec), site._replace(path="")) if alone else path
+        if alike not in built:
+            built[alike] = spec.build(site)
+        skeletons[path] = built[alike]
+    return skeletons
 
 
 def trained_by(model: nn.Module, folder: str | Path) -> list[str]:
@@ -170,8 +184,8 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
     if kind.peft_type is None or any(place(model, path).kind not in kind.peft_on for path in plan):
         return None
     common = kind.common_peft({path: spec.to_peft() for path, spec in plan.items()}, deltas)
-    own = own_to_peft(model, set(state.start), list(plan), kind)
-    where = None if own is None or common is None else peft_where(model, list(plan), kind, own)
+    own, paths = own_to_peft(model, set(state.start), list(plan), kind), list(plan)
+    where = None if own is None or common is None else peft_where(model, paths, kind, own)
     if common is None or own is None or where is None:
         return None
     config = {
@@ -184,12 +198,14 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
     }
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {
-        PREFIX + key: parameters[name] for key, name in own_keys(model, config, list(plan)).items()
+        PREFIX + key: parameters[name] for key, name in own_keys(model, config, paths).items()
     }
     for path, delta in deltas.items():
-        tensors |= {f"{key_of(model, path, list(plan))}.{key}": t for key, t in delta.to_peft().items()}
+        before = key_of(model, path, paths)
+        for key, t in delta.to_peft().items():
+            tensors[f"{before}.{key}"] = t
     tensors |= {SHARED + key: t for key, t in state.groups[0].spec.shared_to_peft(deltas).items()}
-    config = kind.whole_peft(config, list(plan))
+    config = kind.whole_peft(config, paths)
     return {key: value for key, value in config.items() if key not in kind.peft_lacks}, tensors
 
 
@@ -218,8 +234,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict):
         raise UserError(f"adapter config '{folder / CONFIG}' is no mapping.", found=type(config).__name__)
     try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
-            return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        return config, read_tensors(folder / WEIGHTS)
     except safetensors.SafetensorError as error:
         raise UserError(
             f"adapter file '{folder / WEIGHTS}' is damaged.", found=str(error), next="copy or save it again"

@@ -70,8 +70,9 @@ def own_keys(model: nn.Module, config: Mapping[str, Any], targets: Collection[st
                     next="name modules without buffers",
                 )
             keys[f"{path}.{key}"] = names[f"{path}.{key}"]
-    for user, name in names.items():
-        if name in keys.values() and user not in keys:
+    saved = set(keys.values())
+    for user, name in names.items() if saved else ():
+        if name in saved and user not in keys:
             raise UserError(
                 f"the adapter trains a copy of '{name}' for one of its users alone, and it is tied to '{user}'.",
                 found=f"modules_to_save: {', '.join(saved_names(config))}",
@@ -88,13 +89,13 @@ def own_to_peft(
 ) -> dict[str, Any] | None:
     """The part of a peft config by which exactly the parameters `own` train; None where peft has no words for it."""
     task = task_of(model)
-    heads = [path for path in _modules(model) if task in HEADS and path.endswith(HEADS[task])]
+    heads = [path for path in _modules(model) if path.endswith(HEADS[task])] if task in HEADS else []
     if any(not _parameters(model, head) <= own for head in heads):
         task, heads = None, []  # with its task, peft would look for the head in the file
     for bias in ("none",) if "bias" in method.peft_lacks else ("none", method.peft_biases, "all"):
         names = base_parameters(model)
-        biases = {names[name] for name in _biases(model, bias, targets)}
-        users = [user for user, name in names.items() if name in own - biases]
+        rest = own - {names[name] for name in _biases(model, bias, targets)}
+        users = [user for user, name in names.items() if name in rest]
         modules = _owners(model, users, heads)
         for short in (sorted({leaf(path) for path in modules}), modules):
             part = {"task_type": task, "bias": bias, "modules_to_save": short or None}
@@ -143,10 +144,12 @@ def wrapped(model: nn.Module, name: str, targets: Collection[str]) -> str:
 
 def other_vocabulary(model: nn.Module, values: Mapping[str, Tensor], what: str) -> None:
     """Raises: UserError if an embedding or output layer of the file has another number of rows, as new tokens give it."""
-    own = dict(model.named_parameters())
+    if not values:
+        return
+    own, vocabulary = dict(model.named_parameters()), set(embeddings(model).values())
     for name, value in values.items():
         here = own[name]
-        if name in embeddings(model).values() and value.shape[0] != here.shape[0] and value.shape[1:] == here.shape[1:]:
+        if name in vocabulary and value.shape[0] != here.shape[0] and value.shape[1:] == here.shape[1:]:
             raise UserError(
                 f"{what} has {value.shape[0]} tokens in '{name}', and {model_name(model)} has {here.shape[0]}.",
                 next=f"model.resize_token_embeddings({value.shape[0]}) before loading",
@@ -218,7 +221,10 @@ def _parameters(model: nn.Module, path: str) -> set[str]:
 
 def _saved(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
     """The modules that peft saves whole; of one inside another, the outer. Raises: UserError for a name without one."""
-    there, names = _modules(model), saved_names(config)
+    names = saved_names(config)
+    if not names:
+        return {}
+    there = _modules(model)
     for name in config.get("modules_to_save") or []:
         if name not in saved_names({"task_type": config.get("task_type")}) and not any(p.endswith(name) for p in there):
             raise UserError(
@@ -241,14 +247,19 @@ def _owners(model: nn.Module, users: list[str], heads: list[str]) -> list[str]:
 
 def _biases(model: nn.Module, bias: str, targets: Collection[str]) -> list[str]:
     """Names of the biases that peft trains by this word."""
+    if bias != "all" and not bias.endswith("_only"):
+        return []
     names = [name for name in base_parameters(model) if leaf(name) == "bias"]
     if bias == "all":
         return names
-    return [name for name in names if bias.endswith("_only") and name.rpartition(".")[0] in targets]
+    inside = set(targets)
+    return [name for name in names if name.rpartition(".")[0] in inside]
 
 
 def _ties_the_embeddings(model: nn.Module, modules: Collection[str]) -> bool:
     """Whether the modules are the input embeddings and a tied output layer without a bias: what peft can keep tied."""
+    if not modules:
+        return False
     tied = embeddings(model)
     bare = all(getattr(model.get_submodule(user.rpartition(".")[0]), "bias", None) is None for user in tied)
     users = [user for user, name in base_parameters(model).items() if name in tied.values()]

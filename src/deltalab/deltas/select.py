@@ -9,7 +9,7 @@ structure of the blocks, so they never take embeddings or the output layer; expe
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,8 +76,9 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
     blocks = layer_numbers(model, layers)
     lists = list(stacks(model)) if blocks is not None else []
     chosen: set[str] = set()
+    ends = endings(there)
     for target in split(targets):
-        found = _preset(model, target, there) if target in PRESETS else _match(model, target, there)
+        found = _preset(model, target, there) if target in PRESETS else _match(model, target, there, ends)
         if blocks is not None:
             inside = {name for name in found if _index(lists, name) in blocks}
             if found and not inside:
@@ -85,7 +86,7 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
                                 found=f"it matches {len(found)} elsewhere: {', '.join(sorted(found)[:3])}")  # fmt: skip
             found = inside
         chosen |= found
-    _refuse_tied(there, chosen)
+    refuse_tied(there, chosen)
     kinds = {name: str(there[name].kind) for name in there if name in chosen}
     count = sum(place.kind == "linear" or place.kind in kinds.values() for place in there.values())
     return Selection(list(kinds), model_name(model), count, kinds)
@@ -119,6 +120,8 @@ def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         raise UserError(
             f"{called(model)} has no list of decoder blocks.", next="name the modules in full, without layers"
         )
+    if len(lists) == 1:
+        return lists
     sizes = {name: sum(t.numel() for t in [*blocks.parameters(), *blocks.buffers()]) for name, blocks in lists.items()}
     order = sorted(lists, key=lambda name: sizes[name], reverse=True)
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -182,6 +185,17 @@ def pattern_matches(pattern: str, name: str) -> bool:
         except re.error as error:
             raise UserError(f"'{pattern}' is no regular expression.", found=str(error)) from None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def endings(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Every end of these paths, from a whole part on -> the paths that end so."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        end, dot = path, "."
+        while dot:
+            found.setdefault(end, []).append(path)
+            _, dot, end = end.partition(".")
+    return found
 
 
 def meant(pattern: str, paths: Sequence[str]) -> list[str]:
@@ -278,8 +292,11 @@ def _keys_values_down(model: nn.Module, inside: Iterable[str], experts: set[str]
     return keys_values | down
 
 
-def _match(model: nn.Module, target: str, there: dict[str, Place]) -> set[str]:
-    matched = {name: place.kind for name, place in there.items() if pattern_matches(target, name)}
+def _match(model: nn.Module, target: str, there: dict[str, Place], ends: Mapping[str, Sequence[str]]) -> set[str]:
+    """The weights that a target matches. ends: `endings` of their paths, where a plain name is looked up."""
+    plain = not target.startswith("re:") and not set(target) & set("*?[")
+    names = ends.get(target, []) if plain else [name for name in there if pattern_matches(target, name)]
+    matched = {name: there[name].kind for name in names}
     found = {name for name, kind in matched.items() if kind != "embedding"} or set(matched)
     if found:
         return found
@@ -306,7 +323,7 @@ def tied(there: dict[str, Place]) -> dict[str, list[str]]:
     return {name: [o for o in same if o != name] for same in owners.values() if len(same) > 1 for name in same}
 
 
-def _refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
+def refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
     """A delta on a tied weight would change one user of it and not the other, and the tie would break on merging."""
     shared = tied(there)
     for name in sorted(chosen & shared.keys()):

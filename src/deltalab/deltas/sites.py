@@ -92,22 +92,38 @@ class Place(NamedTuple):
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the deltas and what is in them."""
-    inside = None  # what is in a delta comes right after it
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
+    """`named_modules` without the deltas and what is in them.
+
+    By a stack of its own: a generator a level, as torch has it, costs more than what is done with a module here.
+    """
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen or isinstance(module, (Delta, ExpertDeltas)):
             continue
-        if isinstance(module, (Delta, ExpertDeltas)):
-            inside = name + "."
-        else:
-            yield name, module
+        seen.add(id(module))
+        yield name, module
+        before = name + "." if name else ""
+        stack += [(before + key, child) for key, child in reversed(module._modules.items()) if child is not None]
 
 
 def base_parameters(model: nn.Module) -> dict[str, str]:
     """Every name of the model's own parameters -> the one that `named_parameters` gives it; tied ones have several."""
     first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(p), name) for name, p in named if ".delta." not in name}
+    names: dict[str, str] = {}
+    stack = [("", model)]
+    while stack:  # every path of a module that has several: each of its parameters has as many names
+        before, module = stack.pop()
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names[before + key] = first.setdefault(id(parameter), before + key)
+        stack += [
+            (f"{before}{key}.", child)
+            for key, child in reversed(module._modules.items())
+            if child is not None and not (key == "delta" and before)
+        ]
+    return names
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -198,9 +214,8 @@ def place(model: nn.Module, path: str) -> Place:
     """The place at `path`. Raises: UserError if there is none."""
     parent, _, name = path.rpartition(".")
     for owner, parameter in ((path, "weight"), (parent, name)):
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:
+        module = module_at(model, owner)
+        if module is None:
             continue
         if isinstance(module, LINEARS):
             return Place(module, "weight", "linear")
@@ -212,6 +227,19 @@ def place(model: nn.Module, path: str) -> Place:
         if found is not None and not any(_sublayer(model, outer, m) for outer, m in _round(model, path)):
             return found
     raise UserError(f"'{path}' is no place that a delta can sit on.")
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """`get_submodule`, or None where there is none; mostly without asking each module for an attribute."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    if module is not None:
+        return module
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def looked_at(W: Tensor, method: str) -> Tensor:

@@ -58,6 +58,8 @@ class DeltaSpec(Spec, abc.ABC):
     """Whether peft, loading a file, takes the linears that a mixture once had for the experts of today."""
     sits_on: ClassVar[frozenset[Kind]] = frozenset({"linear"})
     """The kinds of weight that the method can sit on."""
+    alike: ClassVar[bool] = False
+    """Whether `build` goes by a site's shape, kind, dtype and quantiser alone, and not by its path."""
 
     @pydantic.field_validator("targets")
     @classmethod
@@ -96,6 +98,11 @@ class DeltaSpec(Spec, abc.ABC):
     @property
     def calibrates(self) -> bool:
         """Whether a fresh adapter needs batches of inputs to begin, `Start.calibration`."""
+        return False
+
+    @property
+    def filled(self) -> bool:
+        """Whether a file holds all that a delta has, so that one that is loaded needs no `init` before."""
         return False
 
     @property
