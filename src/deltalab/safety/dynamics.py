@@ -84,7 +84,7 @@ def _one(scores: Mapping[str, Tensor], group: Mapping[str, Tensor | None], edges
 def _quantile(parts: Mapping[str, Tensor], n: int, share: float) -> float:
     """The value that `share` of `n` values lie below, one of them. Scores are fp32 and not negative, so their bits are the
     keys that they are found by."""
-    key, _ = kth_largest(parts, n - int(share * (n - 1)))
+    key = kth_largest(parts, n - int(share * (n - 1))).key
     return float(np.int32(key).view(np.float32))
 
 

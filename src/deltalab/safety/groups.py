@@ -14,7 +14,7 @@ from deltalab.core.errors import UserError
 from deltalab.safety.group import Group
 from deltalab.safety.nulls import matched_random, random_like
 from deltalab.safety.overlap import jaccard
-from deltalab.safety.topk import top_of_all, top_of_rows
+from deltalab.safety.topk import rounded, top_of_all, top_of_rows
 from deltalab.safety.units import Units
 
 __all__ = [
@@ -138,17 +138,14 @@ def _combined(kind: str, groups: Sequence[Group], both: Callable[[Tensor, Tensor
 def _largest(scores: Mapping[str, Tensor], q: float, per: Per) -> Iterator[tuple[str, Tensor]]:
     """Path and mask of the share `q` with the largest scores in each row, each matrix, or all."""
     if per == "global":
-        yield from top_of_all(scores, _rounded(q * sum(scores[path].numel() for path in scores)))
+        yield from top_of_all(scores, q)
         return
     for path in scores:
         score = scores[path]
-        rows = score if per == "row" else score.reshape(1, -1)
-        yield path, top_of_rows(rows, _rounded(q * rows.shape[1])).reshape(score.shape)
-
-
-def _rounded(value: float) -> int:
-    """The nearest whole number, halves up."""
-    return int(value + 0.5)
+        if per == "row":
+            yield path, top_of_rows(score, rounded(q * score.shape[1]))
+        else:
+            yield from top_of_all({path: score}, q)
 
 
 class _Checked(Mapping[str, Tensor]):
@@ -159,7 +156,7 @@ class _Checked(Mapping[str, Tensor]):
 
     def __getitem__(self, path: str) -> Tensor:
         score = self.scores[path]
-        if not torch.isfinite(score).all():
+        if score.numel() and not torch.stack(torch.aminmax(score)).isfinite().all():  # NaN is both of them
             raise UserError(
                 f"the score of '{path}' holds values that are not finite.",
                 next="compute the scores again in a wider dtype",

@@ -1,70 +1,210 @@
-"""The largest scores, exactly: k of each row, or k of many matrices together with one of them in memory.
+"""The largest scores, exactly: k of each row, or a share of many matrices together with one of them in memory.
 
 Of equal scores the entry with the lower index is taken, over several matrices that of the earlier matrix.
+
+The k-th largest of many is sought between two bounds. A random sample gives bounds that it almost surely lies between,
+with few others (Floyd and Rivest 1975, doi:10.1145/360680.360691). One pass counts what is above them and keeps what is
+between; the place among the latter is the place among all. Bounds that miss it, or hold more than is kept (many equal
+scores), are narrowed: to the side that it lies on, or by a histogram of the next sixteen bits of what is between. The
+result is exact in any case; only the number of passes depends on the sample.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from deltalab.core.shapes import Bool, Float, Int
+from deltalab.core.shapes import Bool, Float
+
+CHUNK = 1 << 18
+"""Entries that are looked at together; with what is computed of them they stay in a core's cache."""
+
+SHARE = 256
+"""One entry in so many is sampled."""
+
+KEPT = 1 << 22
+"""The most entries between the bounds that are kept. So many in all need no sample."""
 
 DIGIT = 16
-"""Bits of a float that one pass over the matrices settles."""
+"""Bits that one histogram settles."""
+
+Keys = NDArray[np.signedinteger]
+"""Integers that order like floats, of their width."""
+
+
+class Kth(NamedTuple):
+    """A k-th largest value. key: see `ordered_keys`. ties: how many of its equals are among the k. equals: of all."""
+
+    key: int
+    ties: int
+    equals: int
 
 
 def top_of_rows(score: Float[Tensor, "rows columns"], k: int) -> Bool[Tensor, "rows columns"]:
-    """True at the k largest of each row, the first of equal ones."""
+    """True at the k largest of each row, the first of equal ones; nowhere in a row that holds NaN."""
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    least = score.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, level = score > least, score == least
-    return above | level & (level.cumsum(1) <= k - above.sum(1, keepdim=True))
+    least = _kth_of_rows(score, k)
+    mask = score >= least
+    over = mask.sum(1) > k
+    if over.any():  # rows with more equals of the k-th than belong to the k
+        rows, least = score[over], least[over]
+        above, level = rows > least, rows == least
+        mask[over] = above | level & (level.cumsum(1) <= k - above.sum(1, keepdim=True))
+    return mask
 
 
-def top_of_all(scores: Mapping[str, Float[Tensor, "out in"]], k: int) -> Iterable[tuple[str, Bool[Tensor, "out in"]]]:
-    """Path and mask of the k largest over all matrices, one matrix at a time, in order."""
-    least, ties = kth_largest(scores, k) if k else (0, 0)
-    for path in scores:
-        keys = ordered_keys(scores[path])
-        level = keys == least
-        first = level & (level.cumsum(0) <= ties)
-        ties -= int(first.sum())
-        yield path, (first | (keys > least) & (k > 0)).view(scores[path].shape)
+def top_of_all(
+    scores: Mapping[str, Float[Tensor, "out in"]], share: float
+) -> Iterator[tuple[str, Bool[Tensor, "out in"]]]:
+    """Path and mask of the largest over all matrices, one matrix at a time, in order, on the CPU.
 
-
-def kth_largest(scores: Mapping[str, Tensor], k: int) -> tuple[int, int]:
-    """The key of the k-th largest value over all matrices, and how many of its equals are among the k.
-
-    Found by its bits, sixteen at a time from the top: the histogram of the leading digit says which digit the value
-    has, then only what shares it counts. Two passes for fp32, four for fp64.
+    share: of all entries, rounded to whole ones. A matrix is read three times, or more where many scores are equal.
     """
-    width = max((64 if scores[path].dtype == torch.float64 else 32) for path in scores)
-    least = 0
-    for shift in range(width - DIGIT, -1, -DIGIT):
-        leading = shift == width - DIGIT
-        histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
+    survey = _Survey(scores)
+    k = rounded(share * survey.entries)
+    kth = _kth(scores, survey, k) if k else None
+    left = kth.ties if kth else 0
+    for path in scores:
+        score = scores[path]
+        mask = np.zeros(score.numel(), dtype=bool)
+        if kth:
+            done = 0
+            for keys in _chunks(score, survey.double):
+                part = mask[done : done + len(keys)]
+                done += len(keys)
+                np.greater_equal(keys, kth.key, out=part)
+                if kth.ties < kth.equals:
+                    level = np.flatnonzero(keys == kth.key)
+                    part[level[left:]] = False
+                    left -= min(left, len(level))
+        yield path, torch.from_numpy(mask).view(score.shape)
+
+
+def kth_largest(scores: Mapping[str, Tensor], k: int) -> Kth:
+    """The k-th largest value over all matrices, 1 ≤ k ≤ entries; each is read twice, or more where many are equal."""
+    return _kth(scores, _Survey(scores), k)
+
+
+def rounded(value: float) -> int:
+    """The nearest whole number, halves up."""
+    return int(value + 0.5)
+
+
+def ordered_keys(values: Float[Tensor, " entries"], double: bool = False) -> Keys:
+    """Keys, int32 (double: int64), that order like the values: a float's bits are an integer, with those of negatives
+    reversed. −0 and 0 have one key; NaN is beyond infinity, on the side of its sign."""
+    wide = values.detach().to("cpu", torch.float64 if double else torch.float32).numpy()
+    integer: type[np.signedinteger] = np.int64 if double else np.int32
+    bits: Keys = wide.view(integer)
+    if bits.min(initial=0) >= 0:
+        return bits
+    bits = (wide + wide.dtype.type(0)).view(integer)  # −0 becomes 0
+    return bits ^ ((bits >> np.iinfo(integer).bits - 1) & np.iinfo(integer).max)
+
+
+def _chunks(score: Tensor, double: bool) -> Iterator[Keys]:
+    for part in score.reshape(-1).split(CHUNK):
+        yield ordered_keys(part, double)
+
+
+def _kth_of_rows(score: Tensor, k: int) -> Float[Tensor, "rows 1"]:
+    """The k-th largest of each row, or NaN. On a CPU numpy's selection is much the faster."""
+    if score.device.type != "cpu":
+        return score.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    wide = score.detach().to(torch.promote_types(score.dtype, torch.float32)).numpy()
+    first = wide.shape[1] - k
+    return torch.from_numpy(np.partition(wide, first, axis=1)[:, first:].min(1, keepdims=True)).to(score.dtype)
+
+
+class _Survey:
+    """What one reading of all matrices tells: the number of entries, the width of their keys, and a sample of these."""
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.entries, self.double, drawn = 0, False, []
         for path in scores:
-            keys = ordered_keys(scores[path], width)
-            digits = (
-                (keys >> shift) + (1 << DIGIT - 1)
-                if leading
-                else keys[keys >> (shift + DIGIT) == least] >> shift & 0xFFFF
-            )
-            histogram += torch.bincount(digits, minlength=1 << DIGIT).cpu()
-        above = histogram.flip(0).cumsum(0).flip(0) - histogram  # entries with a larger digit
-        digit = int(((above < k) & (above + histogram >= k)).nonzero()[0, 0])
-        k -= int(above[digit])
-        least = digit - (1 << DIGIT - 1) if leading else least << DIGIT | digit
-    return least, k
+            flat = scores[path].detach().reshape(-1)
+            self.entries += len(flat)
+            self.double |= flat.dtype == torch.float64
+            if len(flat):
+                places = torch.randint(len(flat), (-(-len(flat) // SHARE),), generator=generator)
+                drawn.append(flat[places.to(flat.device)].cpu().double())
+        self.sample = np.sort(ordered_keys(torch.cat(drawn), self.double)) if self.entries > KEPT else None
+        limits = np.iinfo(np.int64 if self.double else np.int32)
+        self.least, self.most = int(limits.min), int(limits.max)
+
+    def bounds(self, k: int) -> tuple[int, int]:
+        """Keys that the k-th largest lies between, ends included, but for one sample in a million."""
+        if self.sample is None:
+            return self.least, self.most
+        size, p = len(self.sample), k / self.entries
+        place, spread = size * (1 - p), 5 * (size * p * (1 - p)) ** 0.5 + 5
+        low, high = int(place - spread), int(place + spread)
+        return (
+            self.least if low < 0 else int(self.sample[low]),
+            self.most if high >= size else int(self.sample[high]),
+        )
 
 
-def ordered_keys(score: Float[Tensor, "out in"], width: int | None = None) -> Int[Tensor, " entries"]:
-    """int64 keys, flat, that order like the values: a float's bits are an integer, with those of negatives reversed."""
-    double = score.dtype == torch.float64 if width is None else width == 64
-    flat = (
-        score.flatten().to(torch.float64 if double else torch.float32) + 0.0
-    )  # −0 becomes 0: equal as scores, so as keys
-    bits = flat.view(torch.int64) if double else flat.view(torch.int32).long()
-    return torch.where(bits >= 0, bits, bits ^ ((1 << (63 if double else 31)) - 1))
+class _Band:
+    """How many keys lie above `high`, and those from `low` to `high`: themselves, or their histogram where they are many."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.shift = max((high - low).bit_length() - DIGIT, 0)
+        self.above, self.inside, self.waiting = 0, 0, 0
+        self.kept: list[Keys] = []
+        self.histogram: NDArray[np.int64] | None = None
+
+    def add(self, keys: Keys) -> None:
+        self.above += int(np.count_nonzero(keys > self.high))
+        found = keys[(keys >= self.low) & (keys <= self.high)]
+        self.inside += len(found)
+        self.waiting += len(found)
+        self.kept.append(found)
+        if self.waiting > KEPT:
+            self._count()
+
+    def narrowed(self, rank: int) -> "Kth | tuple[int, int]":
+        """The `rank`-th largest key of the band, or narrower bounds of it."""
+        if self.low == self.high:
+            return Kth(self.low, rank, self.inside)
+        if self.histogram is None:
+            keys = np.concatenate(self.kept)
+            key = np.partition(keys, len(keys) - rank)[len(keys) - rank]
+            return Kth(int(key), rank - int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key)))
+        self._count()
+        from_above = self.histogram[::-1].cumsum()
+        part = len(from_above) - 1 - int(np.searchsorted(from_above, rank))
+        low = self.low + (part << self.shift)
+        return low, min(low + (1 << self.shift) - 1, self.high)
+
+    def _count(self) -> None:
+        """Put the kept keys into the histogram."""
+        offsets = np.concatenate(self.kept) - self.kept[0].dtype.type(self.low)  # may wrap: below zero as signed,
+        parts = offsets.view(f"u{offsets.itemsize}") >> self.shift  # and right as unsigned
+        counts = np.bincount(parts.astype(np.intp), minlength=1 << DIGIT)
+        self.histogram = counts if self.histogram is None else self.histogram + counts
+        self.kept, self.waiting = [self.kept[0][:0]], 0
+
+
+def _kth(scores: Mapping[str, Tensor], survey: _Survey, k: int) -> Kth:
+    low, high = survey.bounds(k)
+    while True:
+        band = _Band(low, high)
+        for path in scores:
+            for keys in _chunks(scores[path], survey.double):
+                band.add(keys)
+        if band.above >= k:
+            low, high = high + 1, survey.most
+        elif band.above + band.inside < k:
+            low, high = survey.least, low - 1
+        else:
+            found = band.narrowed(k - band.above)
+            if isinstance(found, Kth):
+                return found
+            low, high = found
