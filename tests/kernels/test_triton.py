@@ -104,6 +104,24 @@ def test_losses_of_a_slice_of_extreme_and_of_no_logits():
 
 
 @needs_triton
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1, "scale": 0.5}], ids=str)
+def test_a_heads_loss_goes_to_them(monkeypatch, options):
+    """The whole loss of a head, its gradients included, with the kernel in its place and without."""
+    from deltalab.kernels.cross_entropy import linear_cross_entropy
+
+    hidden, W = draw(9, 16).requires_grad_(), draw(50, 16).requires_grad_()
+    targets = torch.randint(0, 50, (9,), device=DEVICE)
+    targets[3] = -100
+    found = []
+    for there in (False, True):
+        monkeypatch.setattr(twins, "available", lambda tensor, there=there: there)
+        loss = linear_cross_entropy(hidden, W, targets, reduction="mean", chunk=4, **options)
+        found.append((loss, *grads(loss, hidden, W)))
+    for want, got in zip(*found, strict=True):
+        assert_close_by_norm(got.detach(), want.detach(), 2e-6)
+
+
+@needs_triton
 @dtypes
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("shape", [(3, 75), (1, 3), (0, 8)], ids=str)

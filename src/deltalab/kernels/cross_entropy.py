@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deltalab.core.shapes import Float, Int
+from deltalab.kernels import triton
 from deltalab.kernels.linear import computing
 
 IGNORED = -100
@@ -137,6 +138,10 @@ def row_losses(
     graded: put the gradients of the losses, times `weights`, in place of the products.
     """
     wide, cap, smoothing = torch.promote_types(z.dtype, torch.float32), options.softcap, options.label_smoothing
+    if triton.available(z):
+        from deltalab.kernels.triton.cross_entropy import row_losses as at_once
+
+        return at_once(z, targets, weights, softcap=cap, scale=options.scale, smoothing=smoothing, graded=graded)
     u = z.to(wide)
     if options.scale != 1:
         u = u * options.scale
