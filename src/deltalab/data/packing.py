@@ -16,6 +16,8 @@ from deltalab.data.chat import IGNORED, Encoded
 
 Batch = dict[str, Any]
 """Arguments of a model's forward beside `labels`: tensors, and the ints max_length_q and max_length_k."""
+Pieces = list[list[int]]
+"""Samples by number: each list is one forward pass."""
 
 
 def pack(samples: Sequence[Encoded]) -> Batch:
@@ -67,27 +69,27 @@ class PackedCollator:
 
 def cut(
     lengths: Sequence[int], *, packed: bool, budget: int | None = None, pieces: int = 1, processes: int = 1
-) -> list[list[list[int]]]:
+) -> list[Pieces]:
     """The samples of a step, by number, as each process computes them: [process][piece][sample].
 
     lengths: of the samples, in tokens. budget: tokens of a piece, with its padding if it is not packed; a longer sample
     is a piece of its own. There are as few pieces as the budget allows (first-fit decreasing, or fewer), but at least
     `pieces` in each process. Every process has as many as the others, or they would wait for each other; what is left
-    over is empty. A pure function of its arguments.
+    over is empty, and comes before the pieces with samples. A pure function of its arguments.
     """
     each = min(pieces, -(-len(lengths) // processes)) or 1
     if not packed and budget is None:
         shares = [list(range(rank, len(lengths), processes)) for rank in range(processes)]
-        return [[list(map(int, part)) for part in _parted(share, each)] for share in shares]
+        return [sorted(map(list, _parted(share, each)), key=bool) for share in shares]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     make = _rows if packed else _rectangles
     found = make(order, lengths, budget, each * processes, processes)
-    found.sort(key=lambda piece: -_size(piece, lengths, packed))
+    found.sort(key=lambda piece: _size(piece, lengths, packed))
     ranks = [*range(processes), *reversed(range(processes))]  # there and back, so that the sums are near
     return [[p for i, p in enumerate(found) if ranks[i % len(ranks)] == rank] for rank in range(processes)]
 
 
-def _rows(order: list[int], lengths: Sequence[int], budget: int | None, least: int, multiple: int) -> list[list[int]]:
+def _rows(order: list[int], lengths: Sequence[int], budget: int | None, least: int, multiple: int) -> Pieces:
     """Pieces whose sums are at most the budget, as even as they come: the longest left goes where there is most room."""
     if budget is None:
         return _even(order, lengths, _multiple(least, multiple), None) or []
@@ -103,9 +105,9 @@ def _rows(order: list[int], lengths: Sequence[int], budget: int | None, least: i
     return _more(alone + fitting, wanted)
 
 
-def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> Pieces:
     """First-fit decreasing: each sample into the first piece that it fits in."""
-    found: list[list[int]] = []
+    found: Pieces = []
     room: list[int] = []
     for i in order:
         at = next((k for k, left in enumerate(room) if left >= lengths[i]), len(room))
@@ -117,9 +119,9 @@ def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[li
     return found
 
 
-def _even(order: list[int], lengths: Sequence[int], n: int, budget: int | None) -> list[list[int]] | None:
+def _even(order: list[int], lengths: Sequence[int], n: int, budget: int | None) -> Pieces | None:
     """n pieces, each sample into the smallest so far; None if one is over the budget then."""
-    found: list[list[int]] = [[] for _ in range(n)]
+    found: Pieces = [[] for _ in range(n)]
     sums = [(0, 0, k) for k in range(n)]  # a heap of (tokens, samples, piece)
     for i in order:
         tokens, inside, at = sums[0] if n else (0, 0, 0)
@@ -130,12 +132,10 @@ def _even(order: list[int], lengths: Sequence[int], n: int, budget: int | None) 
     return found
 
 
-def _rectangles(
-    order: list[int], lengths: Sequence[int], budget: int | None, least: int, multiple: int
-) -> list[list[int]]:
+def _rectangles(order: list[int], lengths: Sequence[int], budget: int | None, least: int, multiple: int) -> Pieces:
     """Runs of near lengths, padded to their first: as many samples each as the budget has room for."""
     assert budget is not None
-    found: list[list[int]] = []
+    found: Pieces = []
     for i in order:
         if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= budget:
             found[-1].append(i)
@@ -144,7 +144,7 @@ def _rectangles(
     return _more(found, _multiple(max(len(found), least), multiple))
 
 
-def _more(pieces: list[list[int]], n: int) -> list[list[int]]:
+def _more(pieces: Pieces, n: int) -> Pieces:
     """n pieces: the largest are halved; empty ones where each is a single sample already."""
     pieces = list(pieces)
     while len(pieces) < n:

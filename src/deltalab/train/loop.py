@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate, epoch_order
-from deltalab.data.packing import Batch, cut, pack
+from deltalab.data.packing import Batch, pack
 from deltalab.deltas import schedule
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
@@ -137,13 +137,10 @@ class Loop:
 
     def _choose_packing(self) -> None:
         """Pack or pad, for the whole run; a run that goes on has to come to the same."""
-        self.packing = choose_packing(self.spec.run.pack, self.model, self.data)
+        self.packing = choose_packing(self.spec.run, self.model, self.data)
         say(f"  batches: {self.packing}", self.progress and self.on_main)
         if self.identity:
             self.identity["packing"] = self.packing.packed
-
-    def _cut(self, lengths: Sequence[int], pieces: int, processes: int = 1) -> list[list[list[int]]]:
-        return cut(lengths, packed=self.packing.packed, budget=self.spec.run.tokens, pieces=pieces, processes=processes)
 
     def _run(self, shown: Progress, stop: threading.Event) -> None:
         if self.state.step == 0:
@@ -184,13 +181,14 @@ class Loop:
         rate = set_rate(self.optimizer, self.spec.optim, self.state.step, self.steps)
         self.prepared.train()
         loss = torch.zeros((), device=self.accelerator.device)
-        pieces = self._cut([self.lengths[i] for i in samples], self.spec.optim.accumulate, world)[rank]
+        lengths = [self.lengths[i] for i in samples]
+        pieces = self.packing.cut(lengths, self.spec.optim.accumulate, world)[rank]
         for number, piece in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
                 with self.saving:
-                    part = nll_sum(self.prepared, self._tensors([self.data[samples[i]] for i in piece])) / total
+                    part = nll_sum(self.prepared, self._tensors([self.data[samples[i]] for i in piece])) / max(total, 1)
                 extra = schedule.penalty(self.model) if last and is_adapted(self.model) else None
                 # the penalty is the same in every process, so its average is itself
                 self.accelerator.backward(part * world if extra is None else part * world + extra)
@@ -241,7 +239,8 @@ class Loop:
         self.prepared.eval()
         held = sorted(self.held_out, key=lambda sample: -len(sample.input_ids))
         size = -(-self.spec.optim.batch // self.spec.optim.accumulate)
-        (pieces,) = self._cut([len(sample.input_ids) for sample in held], -(-len(held) // size))
+        lengths = [len(sample.input_ids) for sample in held]
+        (pieces,) = self.packing.cut(lengths, -(-len(held) // size), training=False)
         batches = [[held[i] for i in piece] for piece in pieces]
         loss, state = mean_nll(self.model, batches, self._tensors), self.state
         self._note("eval", {"step": state.step, "loss": loss})

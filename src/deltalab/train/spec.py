@@ -51,10 +51,11 @@ class RunSpec(Spec):
     context: longest sample in tokens; null for the model's own, at most 1024. too_long: what becomes of longer ones.
     checkpoint_every: steps; null for a tenth of the run. keep: checkpoints kept beside the best one.
     dtype: of the computation; in bfloat16 what is trained stays in float32. resume: go on from the last checkpoint.
-    pack: samples of a piece one behind the other, without padding; null where a trial finds that the model supports it.
-    tokens: at most so many in a forward pass, padding included: pieces are cut to fit, and a longer sample goes alone.
-    null leaves it to `optim.accumulate`. checkpointing: layers are computed again in the backward, for less memory. offload: what the backward needs waits in
-    CPU memory; on CUDA alone. Neither changes the result.
+    pack: samples go through the model one behind the other, without padding; null where a trial finds that the model
+    supports it. tokens: of a forward pass at most, padding included: a step is cut into pieces that fit, and a longer
+    sample goes alone; null for no limit but where attention masks a packed row, 2048. checkpointing: layers are computed
+    again in the backward, for less memory. offload: what the backward needs waits in CPU memory; on CUDA alone. None of
+    these four changes the result.
     """
 
     context: PositiveInt | None = None

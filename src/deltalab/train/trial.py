@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.data.chat import Encoded
-from deltalab.data.packing import pack
+from deltalab.data.packing import Pieces, cut, pack
 from deltalab.deltas.measures import gathered
 from deltalab.deltas.weights import is_adapted
 from deltalab.train import rng
+from deltalab.train.spec import RunSpec
 
 LENGTHS = (7, 4, 6)
 """Tokens of the samples that are tried."""
@@ -31,28 +32,44 @@ SHARE = 0.25
 """Of what a leak would make, so much may be the error in 16 bit."""
 
 
+MASKED = ("sdpa", "eager", None)
+"""Implementations of attention that mask a packed row, and so pay for its square, in place of going sample by sample."""
+ROW = 2048
+"""Tokens of such a row where `run.tokens` says nothing."""
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Whether a run packs, and why: what was asked for, or what the trial found."""
+    """Whether a run packs, and why: what was asked for, or what the trial found. row: tokens of a row at most, or None."""
 
     packed: bool
     why: str
+    row: int | None = None
 
     def __str__(self) -> str:
         return f"{'packed' if self.packed else 'padded, near lengths together'}: {self.why}"
 
+    def cut(self, lengths: Sequence[int], pieces: int, processes: int = 1, training: bool = True) -> list[Pieces]:
+        """The pieces of each process, see `deltalab.data.packing.cut`; attention of an evaluation masks its rows."""
+        row = self.row if training or not self.packed else self.row or ROW
+        return cut(lengths, packed=self.packed, budget=row, pieces=pieces, processes=processes)
 
-def choose_packing(asked: bool | None, model: nn.Module, samples: Sequence[Encoded]) -> Packing:
-    """What `run.pack` means for this model: null packs where the trial succeeds.
 
-    samples: whose tokens are tried. Raises: UserError if it is asked for and the model cannot.
+def choose_packing(run: RunSpec, model: nn.Module, samples: Sequence[Encoded]) -> Packing:
+    """What `run.pack` and `run.tokens` mean for this model: null packs where the trial succeeds.
+
+    samples: whose tokens are tried. Raises: UserError if packing is asked for and the model cannot.
     """
-    if asked is False:
-        return Packing(False, "run.pack=false")
+    if run.pack is False:
+        return Packing(False, "run.pack=false", run.tokens)
     why = why_not_packed(model, samples)
-    if why and asked:
+    if why and run.pack:
         raise _cannot(model, why, "leave run.pack out, or set run.pack=false: batches of near lengths, padded")
-    return Packing(not why, why or "each sample's logits are those alone")
+    if why:
+        return Packing(False, why, run.tokens)
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    row = run.tokens or (ROW if name in MASKED else None)
+    return Packing(True, "each sample's logits are those alone", row)
 
 
 def require_packing(model: nn.Module, samples: Sequence[Encoded] = ()) -> None:
