@@ -7,7 +7,7 @@ least important ones of all modules together are taken away, by a budget that fa
 near orthogonal: ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖, as in peft; the paper squares them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import pydantic
@@ -19,11 +19,12 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Bool, Float, Int
 from deltalab.core.spec import build
 from deltalab.deltas import budget
-from deltalab.deltas.base import Base, Delta, Factors, WeightDelta
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, acting
 from deltalab.deltas.budget import Schedule
 from deltalab.deltas.lowrank import low_rank
 from deltalab.deltas.site import Site
 from deltalab.deltas.spec import DeltaSpec
+from deltalab.kernels.linear import LowRank
 
 Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -163,7 +164,7 @@ class AdaLoRADelta(WeightDelta):
         for name, shape in (("A", (r, in_)), ("E", (r, 1)), ("B", (out, r))):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=site.dtype, device=site.device)))
         budget.register(self)
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drop = Dropout(dropout) if dropout else nn.Identity()
 
     def init(self, generator: torch.Generator) -> None:
         with torch.no_grad():
@@ -180,6 +181,10 @@ class AdaLoRADelta(WeightDelta):
 
     def factors(self) -> Factors:
         return Factors(self.E * self.A, self.B, self.s)
+
+    def form(self, weight: Callable[[], Tensor]) -> LowRank:
+        A, B, s = self.factors()
+        return LowRank(A, B, s, acting(self.drop))
 
     @property
     def rows(self) -> Bool[Tensor, " r"]:

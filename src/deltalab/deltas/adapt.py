@@ -20,11 +20,12 @@ from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
+from deltalab.deltas.fused import KERNELS, Kernels
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name
-from deltalab.deltas.sites import base_parameters, linears, place
+from deltalab.deltas.sites import Place, base_parameters, linears, place
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec, Start
-from deltalab.deltas.switch import adapters, drop, ignore_on_save, park, set_active, unload
+from deltalab.deltas.switch import adapters, drop, ignore_on_save, park, set_active, set_kernels, unload
 from deltalab.deltas.weights import (
     STATE,
     Adaptation,
@@ -85,18 +86,23 @@ class Trainable:
 
 
 def adapt(
-    model: nn.Module, spec: Any, *, seed: int = 0, adapter: str = "default", calibration: Batches | None = None
-) -> nn.Module:
+    model: nn.Module, spec: Any, *, seed: int = 0, adapter: str = "default", calibration: Batches | None = None,
+    kernels: Kernels = "auto",
+) -> nn.Module:  # fmt: skip
     """Put a delta on `model`, in place; returns the model.
 
     spec: a method's spec, `Train`, a config object of peft, or a list of them. seed: of the start; what a module starts
     with depends on it and on the module's path alone. adapter: a name; a model holds several adapters, one is active.
     calibration: batches of inputs of the model, for a start that looks at activations.
+    kernels: `auto`, training passes go through those of `deltalab.kernels` wherever they apply; `plain`, through torch's
+    own operations. The results are the same but for rounding.
     Raises: UserError if the model has that adapter already, a target matches nothing, a method cannot sit on what one
     matches, or two deltas want one weight. Then the model is as it was.
     """
     _refuse_taken(model, adapter)
-    return start(model, planned(model, spec), adapter=adapter, fresh=Start(seed, calibration))
+    if kernels not in KERNELS:
+        raise UserError(f"there are no kernels {kernels!r}.", nearest=list(KERNELS))
+    return start(model, planned(model, spec), adapter=adapter, fresh=Start(seed, calibration), kernels=kernels)
 
 
 def planned(model: nn.Module, spec: Any) -> Planned:
@@ -137,7 +143,9 @@ def planned(model: nn.Module, spec: Any) -> Planned:
     return Planned(groups, masks, names)
 
 
-def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: Start | None = None) -> nn.Module:
+def start(
+    model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: Start | None = None, kernels: Kernels = "auto"
+) -> nn.Module:
     """Attach what was planned; with `fresh`, starts that look at the model run, else the tensors are still to come."""
     before = adaptation(model)
     _refuse_taken(model, adapter)
@@ -148,7 +156,7 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
     groups, masks, names = plan
     parameters = dict(model.named_parameters())
     was_trainable = before.was_trainable or {name: p.requires_grad for name, p in parameters.items()}
-    state = Adaptation(groups, masks, was_trainable, name=adapter, parked=before.parked)
+    state = Adaptation(groups, masks, was_trainable, name=adapter, kernels=kernels, parked=before.parked)
     setattr(model, STATE, state)
     try:
         if fresh is not None:
@@ -161,6 +169,7 @@ def start(model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: S
             parameter.requires_grad_(name in names)
         for group in groups:
             _put(model, state, group, fresh)
+        set_kernels(model)
     except BaseException:  # a mistake, out of memory, or interrupted
         drop(model, active)
         raise
@@ -188,8 +197,10 @@ def _refuse_taken(model: nn.Module, adapter: str) -> None:
 def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None) -> None:
     """Build the deltas of one spec, let them begin, and attach them."""
     deltas: dict[str, Delta] = {}
+    there: dict[str, Place] = {}
+    draws = fresh is not None or not group.spec.filled
     for path, spec in group.spec.each(group.paths).items():
-        where = place(model, path)
+        where = there[path] = place(model, path)
         if where.kind not in spec.sits_on:
             raise UserError(
                 f"{type(spec).__name__} does not go on '{path}', which is {KINDS[where.kind]}.",
@@ -202,12 +213,13 @@ def _put(model: nn.Module, state: Adaptation, group: Group, fresh: Start | None)
         deltas[path] = spec.build(site)
         if where.kind == "experts" and isinstance(deltas[path], WeightDelta):
             _refuse_dropout(path, deltas[path])
-        deltas[path].init(_generator(fresh.seed if fresh else 0, path))
+        if draws:
+            deltas[path].init(_generator(fresh.seed if fresh else 0, path))
     group.spec.join(deltas)
     if fresh is not None:
         group.spec.begin(model, deltas, fresh)
     for path, delta in deltas.items():
-        attach(place(model, path), delta)
+        attach(there[path], delta)
 
 
 def _refuse_dropout(path: str, delta: Delta) -> None:
@@ -232,12 +244,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for delta in deltas:
             delta.enabled = False
+        if state.switch is not None:
+            state.switch.on = False
         for name, parameter in trained.items():  # the tensors change places: nothing is rounded or copied back
             parameter.data = originals[name].to(parameter.device)
         yield model
     finally:
         for delta, was in zip(deltas, before, strict=True):
             delta.enabled = was
+        if state.switch is not None:
+            state.switch.on = True
         for name, parameter in trained.items():
             parameter.data = values[name]
 

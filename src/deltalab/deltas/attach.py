@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.deltas.base import LINEARS, Base, Delta, WeightDelta
 from deltalab.deltas.experts import one_by_one, require_usual
-from deltalab.deltas.sites import ExpertDeltas, Place
+from deltalab.deltas.fused import low_rank_linear
+from deltalab.deltas.sites import ExpertDeltas, Place, base_modules
 
 NOTHING = object()
 
@@ -36,6 +37,9 @@ class Adapted(nn.Module):
         delta = self.delta
         if not delta.enabled:
             return super().forward(x)
+        y = low_rank_linear(self, x)
+        if y is not None:
+            return y
         base = Base(super().forward, self)
         return delta(x, base) if delta.keep is None else delta.masked(x, base)  # type: ignore[attr-defined]
 
@@ -157,9 +161,14 @@ def delta_on(place: Place) -> Delta | None:
     return module.delta if isinstance(module, Adapted) else None
 
 
+def adapted_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module with a delta, in model order."""
+    return [module for _, module in base_modules(model) if isinstance(module, (Adapted, AdaptedExperts))]
+
+
 def attached_to(model: nn.Module) -> Iterator[tuple[str, str, Delta]]:
     """(path of the weight, name of the delta among the model's modules, delta), in model order."""
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         if isinstance(module, Adapted):
             yield name, f"{name}.delta" if name else "delta", module.delta
         elif isinstance(module, AdaptedExperts):

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Bool, Float, Int
+from deltalab.kernels.dropout import dropout
+from deltalab.kernels.linear import LowRank
 from deltalab.quant import foreign
 from deltalab.quant.base import QuantisedLinear
 
@@ -144,6 +146,13 @@ class WeightDelta(Delta):
         """The low-rank form of ΔW before `keep`, or None where it has none. Of experts: of each, stacked."""
         return None
 
+    def form(self, weight: Callable[[], Tensor]) -> LowRank | None:
+        """What the forward adds to W x in the form that the kernels compute, differentiable; None where it has none.
+
+        weight: W, if the form depends on it.
+        """
+        return None
+
     def hold(self, factors: Factors) -> None:
         """Become the change s · B A that is given; of a method whose spec says `factored`."""
         raise NotImplementedError
@@ -181,10 +190,18 @@ def through(x: Float[Tensor, "*lead in"] | Int[Tensor, "*lead"], A: Float[Tensor
 
 
 class Dropout(nn.Dropout):
-    """Dropout of a delta's input. Indices pass: a one-hot input has nothing to drop that peft would."""
+    """Dropout of a delta's input, drawn as the kernels do: a pass with them and one without drop the same entries.
+
+    Indices pass: a one-hot input has nothing to drop that peft would.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.is_floating_point() else x
+        return dropout(x, self.p) if self.training and x.is_floating_point() else x
+
+
+def acting(drop: nn.Module) -> float:
+    """The probability with which a delta's `drop` drops an entry now."""
+    return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
 
 def weight_of(linear: nn.Module) -> Tensor:

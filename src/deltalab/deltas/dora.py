@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, wide
+from deltalab.deltas.base import Base, Delta, Dropout, WeightDelta, acting, wide
 from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.sites import looked_at, place
 from deltalab.deltas.spec import Start
+from deltalab.kernels.linear import LowRank
 
 NEUTRAL = (False, "gaussian", "orthogonal", "eva")
 """Values of peft's `init_lora_weights` that leave the base weight alone: of an adapter that is saved they say nothing."""
@@ -106,6 +107,12 @@ class DoRADelta(WeightDelta):
         turned = (self.s * low_rank(dropped, self.A, self.B)).to(y.dtype)
         stretch = (self.ratio(base.W) - 1).to(y.dtype)  # exactly 0 at the start
         return y + turned + stretch * (straight + turned)
+
+    def form(self, weight: Callable[[], Tensor]) -> LowRank | None:
+        """None where anything is dropped: the stretch is then of another product with W."""
+        if self.kind != "linear" or acting(self.drop):
+            return None
+        return LowRank(self.A, self.B, self.s, stretch=self.ratio(weight()))
 
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         low = self.s * self.B @ self.A

@@ -17,7 +17,7 @@ W − s B₀A₀ that is quantised, which costs less than quantising W, and A₀
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, WeightDelta, acting
 from deltalab.deltas.init import Pair
-from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, low_rank, of_experts
+from deltalab.deltas.lowrank import LowRankSpec, in_one_matrix, kaiming, low_rank, of_experts
 from deltalab.deltas.select import leaf
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.spec import Start
@@ -43,6 +43,7 @@ from deltalab.deltas.starts import (
     shared_out,
     start_from_peft,
 )
+from deltalab.kernels.linear import LowRank
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "random", "pissa", "olora", "loftq", "eva"]
 
@@ -102,6 +103,10 @@ class LoRA(LowRankSpec):
     @property
     def calibrates(self) -> bool:
         return self.init == "eva"
+
+    @property
+    def filled(self) -> bool:
+        return self.init not in (*PARTS, "loftq")
 
     @property
     def looks(self) -> bool:
@@ -173,9 +178,14 @@ class LoRADelta(WeightDelta):
         part = spec.init in PARTS
         self.register_buffer("A0", torch.zeros_like(A) if part else None)
         self.register_buffer("B0", torch.zeros_like(B) if part else None)
-        self.drop = Dropout(spec.dropout) if spec.dropout else nn.Identity()
+        if spec.dropout:
+            self.drop = Dropout(spec.dropout)
 
     def init(self, generator: torch.Generator) -> None:
+        if self.start == "kaiming" and self.kind != "embedding":  # nothing is drawn that is copied then
+            kaiming(self.A, generator)
+            nn.init.zeros_(self.B)
+            return
         self.start_at(drawn(self.start, self.A, self.B, generator, self.kind))
 
     def start_at(self, pair: Pair, *, moved: bool = False) -> None:
@@ -198,12 +208,25 @@ class LoRADelta(WeightDelta):
         change = self.B @ self.A
         if self.A0 is not None and self.B0 is not None:
             change = change - self.B0 @ self.A0
-        return self.kept(self.s * change)
+        return self.kept(change.mul_(self.s))
+
+    def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
+        change = self.change(W)
+        here = not torch.is_grad_enabled() and change.dtype == torch.promote_types(change.dtype, W.dtype)
+        return change.add_(W) if here else W + change
 
     def factors(self) -> Factors:
         if self.A0 is None or self.B0 is None:
             return Factors(self.A, self.B, self.s)
         return Factors(torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1), self.s)
+
+    def form(self, weight: Callable[[], Tensor]) -> LowRank | None:
+        """None where the start is a part of W and anything is dropped: what is taken off is of the whole input."""
+        p = acting(self.drop)
+        if self.kind != "linear" or (p and self.A0 is not None):
+            return None
+        A, B, s = self.factors()
+        return LowRank(A, B, s, p)
 
     def hold(self, factors: Factors) -> None:
         self.start_at(Pair(factors.A, factors.B * (factors.s / self.s)))

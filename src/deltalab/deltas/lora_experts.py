@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltalab.core.shapes import Float, Int
-from deltalab.deltas.base import Base, Delta, through, wide
+from deltalab.deltas.base import Base, Delta, Dropout, through, wide
 from deltalab.deltas.lowrank import kaiming
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.spec import DeltaSpec
@@ -100,7 +100,7 @@ class LoRAExpertsDelta(Delta):
         self.router = nn.Parameter(empty(spec.experts, in_))
         self.A = nn.Parameter(empty(*stack, spec.experts, spec.r, in_))
         self.B = nn.Parameter(empty(*stack, out, spec.experts, spec.r))
-        self.drop = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+        self.drop = Dropout(spec.dropout) if spec.dropout else nn.Identity()
         self.gathers = False
         self.routed: Routed | None = None
         self.pull: tuple[Tensor, Tensor] | None = None

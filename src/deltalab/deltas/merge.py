@@ -11,7 +11,6 @@ An adapter of rank r on a quantised linear is that already, Ŵ + B A with nothin
 rank than the one that may stay, or of none. What each way costs a model is measured by `deltalab.measure.merging`.
 """
 
-import copy
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float
-from deltalab.deltas.attach import detach
+from deltalab.deltas.attach import adapted_modules, detach
 from deltalab.deltas.base import Delta, Factors, WeightDelta
+from deltalab.deltas.copying import copied
 from deltalab.deltas.factored import put_factors
+from deltalab.deltas.fuse import unfuse
 from deltalab.deltas.init import Pair, loftq
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import Place, is_quantised, place
@@ -174,11 +175,12 @@ def _without_deltas(model: nn.Module, state: Adaptation, deltas: dict[str, Delta
                 requires_grad=state.was_trainable.get(name, parameter.requires_grad),
             )
     memo |= {id(buffer): buffer for buffer in model.buffers()}
-    plain = copy.deepcopy(model, memo)
+    plain: nn.Module = copied(model, memo)
     if "_hf_hook" not in plain.__dict__:  # a trainer's own forward, of which a copy still runs the adapted model
         plain.__dict__.pop("forward", None)
-    for module in {id(m): m for m in (place(plain, path).module for path in deltas)}.values():
+    for module in adapted_modules(plain):
         detach(module)
+    unfuse(plain)
     return plain
 
 

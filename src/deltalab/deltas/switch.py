@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.attach import attach, attached_to, detach
+from deltalab.deltas.attach import adapted_modules, attach, attached_to, detach
 from deltalab.deltas.base import Delta
+from deltalab.deltas.fuse import fuse, unfuse
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
 from deltalab.deltas.weights import STATE, Adaptation, adaptation, attached, is_adapted
@@ -83,8 +84,17 @@ def bring_back(model: nn.Module, adapter: str) -> None:
                 parameter.copy_(parked.own[name])
     for path, delta in parked.deltas.items():
         where = place(model, path)
-        attach(where, delta.to(where.parameter.device))
+        device = where.parameter.device
+        moved = any(t.device != device for t in (*delta.parameters(), *delta.buffers()))
+        attach(where, delta.to(device) if moved else delta)
+    set_kernels(model)
     ignore_on_save(model)
+
+
+def set_kernels(model: nn.Module) -> None:
+    """Kernels where the active adapter asks for them."""
+    state = adaptation(model)
+    state.switch = fuse(model) if state.kernels == "auto" else None
 
 
 def drop(model: nn.Module, active: list[str]) -> None:
@@ -99,8 +109,10 @@ def drop(model: nn.Module, active: list[str]) -> None:
 
 def take_off(model: nn.Module) -> None:
     """The active adapter's modules off, and the model's own weights to what was loaded."""
-    originals = adaptation(model).start
-    for module in {id(m): m for m in (place(model, path).module for path in attached(model))}.values():
+    state = adaptation(model)
+    originals, state.switch = state.start, None
+    unfuse(model)
+    for module in adapted_modules(model):
         detach(module)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -127,6 +139,16 @@ def ignore_on_save(model: nn.Module, state: Adaptation | None = None, *, undo: b
     if ignored is None:
         return
     if not undo:
-        state.not_saved = {f"{name}.{key}" for _, name, d in attached_to(model) for key in [*d.state_dict(), "keep"]}
+        state.not_saved = {f"{name}.{key}" for _, name, delta in attached_to(model) for key in _saved_keys(delta)}
         state.not_saved -= set(ignored)
     model._keys_to_ignore_on_save = set(ignored) - state.not_saved if undo else set(ignored) | state.not_saved
+
+
+def _saved_keys(delta: nn.Module) -> list[str]:
+    """The keys of a delta's state dict, and its mask's if it has none now."""
+    keys = ["keep"]
+    for path, module in delta.named_modules():
+        before = path + "." if path else ""
+        own = {**module._parameters, **module._buffers}
+        keys += [before + k for k, t in own.items() if t is not None and k not in module._non_persistent_buffers_set]
+    return keys

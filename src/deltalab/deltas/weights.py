@@ -15,6 +15,7 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.attach import attached_to, delta_on
 from deltalab.deltas.base import Delta, WeightDelta, shape_of, wide
+from deltalab.deltas.fused import Kernels, Switch
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, place, places
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec
@@ -46,7 +47,7 @@ class Adaptation:
     prepared: `mark_of` the base weights that a start had quantised from something else than what was loaded, by path: the
     adapter belongs to these. name: of the active adapter. was_trainable: requires_grad before. start: CPU copies of the
     own parameters that train.
-    parked: the others, by name.
+    kernels: what was asked for; switch: of those that run, None for none. parked: the others, by name.
     """
 
     groups: list[Group]
@@ -56,6 +57,8 @@ class Adaptation:
     prepared: dict[str, float] = field(default_factory=dict)
     not_saved: set[str] = field(default_factory=set)
     name: str = "default"
+    kernels: Kernels = "auto"
+    switch: Switch | None = None
     parked: dict[str, Any] = field(default_factory=dict)
 
     @property
