@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.base import Delta, WeightDelta
+from deltalab.deltas.copying import copied
 from deltalab.deltas.own_format import require_prepared
 from deltalab.deltas.peft_format import load_adapter, trained_by
 from deltalab.deltas.select import model_name
@@ -37,7 +38,8 @@ def twin(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():  # of the tensors of other libraries the object itself, which holds more
         own = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if own else parameter
-    return copy.deepcopy(model, memo)
+    twin: nn.Module = copied(model, memo)
+    return twin
 
 
 def apart(base: nn.Module, source: Source, name: str) -> dict[str, Delta]:

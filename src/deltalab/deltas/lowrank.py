@@ -115,9 +115,11 @@ def low_rank(
 
 def kaiming(A: Tensor, generator: torch.Generator) -> None:
     """A (..., r, in) uniform on ±1/√in: Kaiming's with a = √5. Drawn on the CPU: the same on every device."""
-    draw = torch.rand(A.shape, generator=generator, dtype=A.dtype)
     with torch.no_grad():
-        A.copy_((2 * draw - 1) / math.sqrt(A.shape[-1]))
+        own = A if A.device.type == "cpu" and A.is_contiguous() else torch.empty(A.shape, dtype=A.dtype)
+        own.uniform_(generator=generator).mul_(2).sub_(1).div_(math.sqrt(A.shape[-1]))
+        if own is not A:
+            A.copy_(own)
 
 
 def in_one_matrix(A: Float[Tensor, "e r in"], B: Float[Tensor, "e out r"]) -> tuple[Tensor, Tensor]:
