@@ -20,7 +20,7 @@ from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
-from deltalab.deltas.fused import KERNELS, Kernels
+from deltalab.deltas.fused import KERNELS
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name
 from deltalab.deltas.sites import Place, base_parameters, linears, place
@@ -87,14 +87,14 @@ class Trainable:
 
 def adapt(
     model: nn.Module, spec: Any, *, seed: int = 0, adapter: str = "default", calibration: Batches | None = None,
-    kernels: Kernels = "auto",
+    kernels: str = "auto",
 ) -> nn.Module:  # fmt: skip
     """Put a delta on `model`, in place; returns the model.
 
     spec: a method's spec, `Train`, a config object of peft, or a list of them. seed: of the start; what a module starts
     with depends on it and on the module's path alone. adapter: a name; a model holds several adapters, one is active.
     calibration: batches of inputs of the model, for a start that looks at activations.
-    kernels: `auto`, training passes go through those of `deltalab.kernels` wherever they apply; `plain`, through torch's
+    kernels: `auto`: training passes go through those of `deltalab.kernels` wherever they apply; `plain`, through torch's
     own operations. The results are the same but for rounding.
     Raises: UserError if the model has that adapter already, a target matches nothing, a method cannot sit on what one
     matches, or two deltas want one weight. Then the model is as it was.
@@ -144,7 +144,7 @@ def planned(model: nn.Module, spec: Any) -> Planned:
 
 
 def start(
-    model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: Start | None = None, kernels: Kernels = "auto"
+    model: nn.Module, plan: Planned, *, adapter: str = "default", fresh: Start | None = None, kernels: str = "auto"
 ) -> nn.Module:
     """Attach what was planned; with `fresh`, starts that look at the model run, else the tensors are still to come."""
     before = adaptation(model)

@@ -6,6 +6,7 @@ kernel. What a pass then really does depends on what is there at that time, see 
 what ran.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -77,7 +78,7 @@ def _once(tried: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:
 
 def _set_beside(module: nn.Module) -> None:
     """Tell the adapted linears of a module that read one input of each other."""
-    for names in BESIDE:
+    for names in BESIDE if len(module._modules) > 1 else ():
         linears = [m for name in names if isinstance(m := module._modules.get(name), Adapted)]
         if len(linears) > 1 and not _sees_others(type(module)):
             beside = Beside(cast("list[nn.Module]", linears))
@@ -85,20 +86,20 @@ def _set_beside(module: nn.Module) -> None:
                 linear.__dict__["_beside"] = beside
 
 
+@functools.cache
 def _sees_others(cls: type[nn.Module]) -> bool:
     names = inspect.signature(getattr(cls, "adapts", cls).forward).parameters
     return any(part in name for name in names for part in OTHER_STATES)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
-    parameters = {name for name, p in module._parameters.items() if p is not None}
     weight = module._parameters.get("weight")
     return (
-        not module._modules
-        and parameters <= {"weight", "bias"}
+        "Norm" in type(module).__name__
+        and not module._modules
         and weight is not None
         and weight.ndim == 1
-        and "Norm" in type(module).__name__
+        and {name for name, p in module._parameters.items() if p is not None} <= {"weight", "bias"}
         and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         and weight.device.type != "meta"
     )
@@ -127,6 +128,8 @@ def norm_kind(module: nn.Module) -> Norm | None:
 
 
 def _mlp_names(module: nn.Module) -> tuple[tuple[str, ...], Form] | None:
+    if len(module._modules) < 2:
+        return None
     linears = {name for name, m in module._modules.items() if isinstance(m, LINEARS)}
     return next(((names, form) for form, table in MLPS for names in table if linears == set(names)), None)
 

@@ -7,7 +7,7 @@ watches its parts. All of it goes by what is there in that pass: other inputs, h
 low-rank form, or a pass that does not train go the plain way.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from deltalab.kernels.linear import Map, Recipe, linears
 from deltalab.kernels.mlp import Form, mlp
 from deltalab.kernels.norm import norm
 
-Kernels = Literal["auto", "plain"]
 KERNELS = ("auto", "plain")
 
 MADE = "_deltalab_made"

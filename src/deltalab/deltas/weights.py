@@ -15,7 +15,7 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.shapes import Float, Int
 from deltalab.deltas.attach import attached_to, delta_on
 from deltalab.deltas.base import Delta, WeightDelta, shape_of, wide
-from deltalab.deltas.fused import Kernels, Switch
+from deltalab.deltas.fused import Switch
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, place, places
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec
@@ -57,7 +57,7 @@ class Adaptation:
     prepared: dict[str, float] = field(default_factory=dict)
     not_saved: set[str] = field(default_factory=set)
     name: str = "default"
-    kernels: Kernels = "auto"
+    kernels: str = "auto"
     switch: Switch | None = None
     parked: dict[str, Any] = field(default_factory=dict)
 
