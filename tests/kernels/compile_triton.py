@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltalab.kernels.triton import cross_entropy, dora_norm, rms_norm, swiglu
+from deltalab.kernels.triton import RANK, ROW, cross_entropy, dora_norm, rms_norm, swiglu
 
 ARCHITECTURES = (80, 90)
 
@@ -37,7 +37,7 @@ def main():
             f"g:{t} u:{t} dh:{t} dg:{t} du:{t} n:i32 g_row:i32 u_row:i32 h_row:i32 dg_row:i32 du_row:i32",
             {"TILE": swiglu.MOST},
         )
-        for size in (2048, rms_norm.WIDEST):
+        for size in (2048, ROW):
             compiled(
                 rms_norm._ahead,
                 f"x:{t} w:*fp32 y:{t} scale:*fp32 n:i32 x_row:i32 y_row:i32 eps:fp32 plus:fp32",
@@ -50,7 +50,7 @@ def main():
                 {"WEIGHED": True, "TRAINED": True, "TILE": size},
                 warps=rms_norm._warps(size),
             )
-        for rank in (16, dora_norm.WIDEST):
+        for rank in (16, RANK):
             compiled(
                 dora_norm._squares,
                 f"W:{t} A:*fp32 B:*fp32 G:*fp32 found:*fp32 out:i32 n:i32 r:i32 s:fp32 w_row:i32 w_col:i32",

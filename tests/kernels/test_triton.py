@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
+import deltalab as dl
 from deltalab.kernels import triton as twins
-from tests.helpers import ROOT, assert_close_by_norm
+from deltalab.train.loss import nll_sum
+from tests.helpers import ROOT, assert_close_by_norm, error_by_norm, tiny_llama, tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -29,6 +32,13 @@ def draw(*shape, dtype=torch.float32, spread=1.0):
 
 def grads(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
+
+
+def tiny_phi3():
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=270,
+                                     max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return transformers.Phi3ForCausalLM(config).requires_grad_(False)
 
 
 class OnCuda(torch.Tensor):
@@ -202,6 +212,36 @@ def test_squares_at_the_start_are_the_weights_own():
     W, A = draw(70, 90), draw(8, 90)
     found = row_squares(W, A, torch.zeros(70, 8, device=DEVICE), 2.0)
     assert_close_by_norm(found.double(), W.double().square().sum(-1), 3e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("make", [tiny_llama, tiny_phi3], ids=["gated", "halves"])
+def test_a_training_pass_goes_to_them(monkeypatch, make):
+    """DoRA on every linear, norms that train and the loss: the gradients with all of them in place and with none."""
+    model = dl.adapt(make(), [dl.DoRA(r=4, targets="all-linear"), dl.Train("norms")], seed=1).to(DEVICE).train()
+    for name, p in model.named_parameters():
+        if name.endswith("delta.B"):
+            torch.nn.init.normal_(p, std=0.02)
+    ids, found, used = tokens(batch=2, length=10).to(DEVICE), [], set()
+
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (used.add(name), real(*a, **k))[1])
+
+    for name, functions in {"cross_entropy": ["row_losses"], "swiglu": ["swiglu", "swiglu_back"], "dora_norm": ["row_squares"],
+                            "rms_norm": ["rms_norm", "rms_norm_again", "rms_norm_back"]}.items():  # fmt: skip
+        module = importlib.import_module(f"deltalab.kernels.triton.{name}")
+        for function in functions:
+            counted(module, function)
+    for there in (False, True):
+        monkeypatch.setattr(twins, "available", lambda tensor, there=there: there)
+        loss = nll_sum(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found.append((loss, *grads(loss, *trained.values())))
+        assert there or not used
+    for name, want, got in zip(["loss", *trained], *found, strict=True):
+        assert error_by_norm(got.detach(), want.detach()) < 2e-5, name
+    assert used == {"row_losses", "swiglu", "swiglu_back", "row_squares", "rms_norm", "rms_norm_again", "rms_norm_back"}
 
 
 @needs_triton

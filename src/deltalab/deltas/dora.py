@@ -21,6 +21,7 @@ from deltalab.deltas.lowrank import LowRankSpec, kaiming, low_rank
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.sites import looked_at, place
 from deltalab.deltas.spec import Start
+from deltalab.kernels import triton
 from deltalab.kernels.linear import LowRank
 
 NEUTRAL = (False, "gaussian", "orthogonal", "eva")
@@ -127,10 +128,15 @@ class DoRADelta(WeightDelta):
         """‖V‖ of each row, in fp32 or wider, never 0. Raises: UserError for a quantised weight."""
         W = looked_at(W, "DoRA")
         dtype = torch.promote_types(wide(W.dtype), self.A.dtype)
-        A, B = self.A.to(dtype), self.B.to(dtype)
-        cross = ((W.to(dtype) @ A.mT) * B).sum(-1)
-        square = ((B @ (A @ A.mT)) * B).sum(-1)
-        whole = self.squares(W, dtype) + 2 * self.s * cross + self.s**2 * square
+        if dtype is torch.float32 and W.ndim == 2 and len(self.A) <= triton.RANK and triton.available(W):
+            from deltalab.kernels.triton.dora_norm import row_squares
+
+            whole = row_squares(W, self.A, self.B, self.s)
+        else:
+            A, B = self.A.to(dtype), self.B.to(dtype)
+            cross = ((W.to(dtype) @ A.mT) * B).sum(-1)
+            square = ((B @ (A @ A.mT)) * B).sum(-1)
+            whole = self.squares(W, dtype) + 2 * self.s * cross + self.s**2 * square
         return whole.clamp_min(0).sqrt().clamp_min(torch.finfo(dtype).tiny)  # a row of zeros stays one
 
     def squares(self, W: Tensor, dtype: torch.dtype) -> Float[Tensor, "*e out"]:

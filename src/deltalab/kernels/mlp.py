@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deltalab.core.shapes import Float
+from deltalab.kernels import triton
 from deltalab.kernels.linear import Map, Recipe, Saved, _tensors, ahead, back, computing, maps_of, plain_linears
 
 
@@ -75,8 +76,17 @@ def _split(form: Form, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None
     return gate, up
 
 
+def _at_once(act: Activation, gate: Tensor) -> bool:
+    """Whether Triton's kernel does what lies between the maps."""
+    return act is ACTIVATIONS["silu"] and triton.available(gate)
+
+
 def _between(act: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
     """The input of down; a new tensor."""
+    if up is not None and _at_once(act, gate):
+        from deltalab.kernels.triton.swiglu import swiglu
+
+        return swiglu(gate, up)
     h = act.forward(gate)
     return h if up is None else h.mul_(up)
 
@@ -85,6 +95,10 @@ def _between_back(act: Activation, form: Form, gate: Tensor, up: Tensor | None, 
     """The gradients of what the first maps gave; dh is used up."""
     if up is None:
         return [act.backward(dh, gate)]
+    if _at_once(act, gate):
+        from deltalab.kernels.triton.swiglu import swiglu_back
+
+        return swiglu_back(gate, up, dh, halves=form == "halves")
     d_gate, d_up = act.backward(dh * up, gate), dh.mul_(act.forward(gate))
     return [torch.cat([d_gate, d_up], -1)] if form == "halves" else [d_gate, d_up]
 

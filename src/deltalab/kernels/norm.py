@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltalab.core.shapes import Float
+from deltalab.kernels import triton
 
 
 class Norm(NamedTuple):
@@ -68,12 +69,21 @@ def _statistics(x: Tensor, kind: Norm) -> tuple[Tensor | None, Tensor]:
 
 def _applied(x: Tensor, mean: Tensor | None, scale: Tensor, w: Tensor | None, b: Tensor | None, kind: Norm) -> Tensor:
     """y, of the dtype of x."""
+    if b is None and _at_once(x, kind):
+        from deltalab.kernels.triton.rms_norm import rms_norm_again
+
+        return rms_norm_again(triton.rows(x), w, triton.rows(scale), kind.plus).view(x.shape)
     y = _straight(x, mean, scale)
     if w is not None:
         y.mul_(_weight(w, kind, y.dtype))
     if b is not None:
         y.add_(b.to(y.dtype))
     return y.to(x.dtype)
+
+
+def _at_once(x: Tensor, kind: Norm) -> bool:
+    """Whether Triton's kernels norm these rows."""
+    return not kind.centred and x.shape[-1] <= triton.ROW and triton.available(x)
 
 
 def _straight(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
@@ -89,8 +99,14 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, kind: Norm) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            mean, scale = _statistics(x, kind)
-            y = _applied(x, mean, scale, w, b, kind)
+            if b is None and _at_once(x, kind):
+                from deltalab.kernels.triton.rms_norm import rms_norm
+
+                y, scale = rms_norm(triton.rows(x), w, kind.eps, kind.plus)
+                mean, y, scale = None, y.view(x.shape), scale.view(*x.shape[:-1], 1)
+            else:
+                mean, scale = _statistics(x, kind)
+                y = _applied(x, mean, scale, w, b, kind)
         ctx.kind = kind
         ctx.save_for_backward(x, mean, scale, w)
         ctx.mark_non_differentiable(*(t for t in (mean, scale) if t is not None))
@@ -104,6 +120,13 @@ class _Norm(torch.autograd.Function):
             return None, None, None, None
         x, mean, scale, w = ctx.saved_tensors
         dx = dw = db = None
+        if not ctx.needs_input_grad[2] and _at_once(x, ctx.kind):
+            from deltalab.kernels.triton.rms_norm import rms_norm_back
+
+            trained = ctx.needs_input_grad[1]
+            flat = (triton.rows(dy), triton.rows(x), w, triton.rows(scale))
+            dx, dw = rms_norm_back(*flat, ctx.kind.plus, trained)
+            return dx.view(x.shape), None if dw is None else dw.to(w.dtype), None, None
         with torch.autocast(x.device.type, enabled=False):
             straight = _straight(x, mean, scale)
             if ctx.needs_input_grad[1]:

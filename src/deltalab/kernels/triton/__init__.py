@@ -13,6 +13,10 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What they compute, in fp32 inside; wider numbers are left to torch."""
+ROW = 1 << 15
+"""Entries of the longest row that a program of a norm takes."""
+RANK = 64
+"""The largest rank whose products with a tile of rows stay in a program's registers."""
 
 
 @functools.cache
@@ -29,6 +33,12 @@ def available(tensor: Tensor) -> bool:
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch where the tensor is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as (m, n), each row without gaps."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def tile(n: int, most: int) -> int:

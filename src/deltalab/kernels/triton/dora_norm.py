@@ -13,12 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from deltalab.core.shapes import Float
-from deltalab.kernels.triton import on, tile
+from deltalab.kernels.triton import RANK, on, tile
 
 OUT, IN = 64, 64
 """Rows and columns of a tile of W."""
-WIDEST = 64
-"""The largest rank whose products fit in the registers of a program."""
 
 
 @triton.jit
@@ -47,12 +45,12 @@ def _squares(W, A, B, G, found, out, n, r, s, w_row, w_col,
 def row_squares(
     W: Float[Tensor, "out in"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], s: float
 ) -> Float[Tensor, " out"]:
-    """In fp32; not clamped: rounding may make a sum of almost nothing negative. r: at most `WIDEST`."""
+    """In fp32; not clamped: rounding may make a sum of almost nothing negative. r: at most `RANK`."""
     out, n = W.shape
     A, B = A.to(torch.float32).contiguous(), B.to(torch.float32).contiguous()
     found = torch.empty(out, dtype=torch.float32, device=W.device)
     if out:
-        rank = max(16, tile(len(A), WIDEST))
+        rank = max(16, tile(len(A), RANK))
         with on(W):
             _squares[(triton.cdiv(out, OUT),)](
                 W, A, B, A @ A.mT, found, out, n, len(A), float(s), W.stride(0), W.stride(1), OUT=OUT, IN=IN, R=rank

@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deltalab.core.shapes import Float
-from deltalab.kernels.triton import on, tile
+from deltalab.kernels.triton import ROW, on, tile
 
-WIDEST = 1 << 15
-"""Entries of the longest row that fits in a program."""
 PARTS = 256
 """Programs of the backward: each goes through its share of the rows and has one sum for ∂w."""
 
@@ -67,7 +65,7 @@ def _back(dy, x, w, scale, dx, dw, m, n, dy_row, x_row, dx_row, plus,
 def rms_norm(
     x: Float[Tensor, "m n"], w: Float[Tensor, " n"] | None, eps: float, plus: float = 0.0
 ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "m 1"]]:
-    """(y of x's dtype, ρ in fp32). plus: c, 1 in the models of gemma. n: at most `WIDEST`."""
+    """(y of x's dtype, ρ in fp32). plus: c, 1 in the models of gemma. n: at most `ROW`."""
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     return _applied(x, w, scale, eps, plus, again=False), scale
 
@@ -83,7 +81,7 @@ def _applied(x: Tensor, w: Tensor | None, scale: Tensor, eps: float, plus: float
     m, n = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
-        size = tile(n, WIDEST)
+        size = tile(n, ROW)
         with on(x):
             _ahead[(m,)](
                 x, x if w is None else w.contiguous(), y, scale, n, x.stride(0), y.stride(0), float(eps), float(plus),
@@ -102,7 +100,7 @@ def rms_norm_back(
     parts = max(1, min(m, PARTS))
     dw = torch.zeros(parts, n, dtype=torch.float32, device=x.device) if trained else None
     if dx.numel():
-        size = tile(n, WIDEST)
+        size = tile(n, ROW)
         with on(x):
             _back[(parts,)](
                 dy, x, x if w is None else w.contiguous(), scale, dx, scale if dw is None else dw,
