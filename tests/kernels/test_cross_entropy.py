@@ -260,3 +260,11 @@ def test_large_logits_stay_finite():
     assert loss.tolist() == [800.0, 0.0]
     loss.sum().backward()
     assert hidden.grad.tolist() == [[2.0], [0.0]]
+
+
+def test_small_losses_of_large_logits_are_exact():
+    W = torch.tensor([[1.0], [0.0]])
+    hidden = torch.full((1, 1), 4096.0)
+    near = torch.tensor([4096.0 - 2.0])
+    loss = linear_cross_entropy(hidden, W, torch.tensor([0]), torch.cat([torch.zeros(1), near]))
+    assert float(loss) == pytest.approx(float(F.cross_entropy(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))), rel=1e-6)

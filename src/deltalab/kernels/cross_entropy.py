@@ -150,9 +150,10 @@ def row_losses(
         u = bent * cap
     p, at = u.softmax(-1), targets[:, None]
     # the largest p is 1 / Σ exp(z − max z): a sum that needs no second pass of exp, and is never zero
-    losses = u.amax(-1) - p.amax(-1).log() - (1 - smoothing) * u.gather(-1, at).squeeze(-1)
+    picked = u.gather(-1, at).squeeze(-1)
+    losses = (u.amax(-1) - picked) - p.amax(-1).log()  # of large logits the difference is exact
     if smoothing:
-        losses -= smoothing * u.mean(-1)
+        losses += smoothing * (picked - u.mean(-1))
     if not graded:
         return losses
     p.scatter_add_(-1, at, p.new_full(at.shape, smoothing - 1))
