@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import deltalab as dl
 from deltalab.data.chat import IGNORED, Conversation, encode_all
 from deltalab.data.collate import collate
+from deltalab.data.packing import pack
 from deltalab.deltas.adapt import attached, param_groups
 from deltalab.train.loss import nll_sum
 from deltalab.train.spec import LoopSpec, OptimSpec
@@ -127,19 +128,23 @@ def test_a_trainer_adds_the_penalty_of_the_step_before(tmp_path):
             assert_close_by_norm(ours, theirs, 1e-4)
 
 
-def test_training_is_that_of_a_loop_with_the_definitions_penalty():
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_is_that_of_a_loop_with_the_definitions_penalty(packed):
+    """Padding is routed too, so the penalty is another one where there is none."""
     spec = dl.LoRAExperts(r=2, balance=3.0)
     optim = OptimSpec(lr=1e-3, steps=3, batch=4, clip=None, warmup=0, schedule="constant")
     data = [Conversation.of(f"say {word}", word) for word in ("one", "two", "three", "four")]
     results = []
     for balance in (0.0, 3.0):
         model = perturbed(dl.adapt(tiny_llama(), spec.model_copy(update={"balance": balance})))
-        dl.train(model, byte_tokenizer(), data, spec=LoopSpec(optim=optim, eval={"fraction": 0.0}), progress=False)
+        run = LoopSpec(optim=optim, run={"pack": packed}, eval={"fraction": 0.0})
+        dl.train(model, byte_tokenizer(), data, spec=run, progress=False)
         results.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     without, got = results
 
     model = perturbed(dl.adapt(tiny_llama(), spec)).train()
-    batch = collate(list(encode_all(byte_tokenizer(), data, 128)), 0)
+    samples = list(encode_all(byte_tokenizer(), data, 128))
+    batch = pack(samples) if packed else collate(samples, 0)
     seen, optimizer = recorded(model), torch.optim.AdamW(param_groups(model, 1e-3), weight_decay=0.0)
     for _ in range(3):
         loss = nll_sum(model, batch) / (batch["labels"][:, 1:] != IGNORED).sum()

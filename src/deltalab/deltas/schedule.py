@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
-from deltalab.deltas.weights import grouped, is_adapted
+from deltalab.deltas.base import Delta
+from deltalab.deltas.spec import DeltaSpec
+from deltalab.deltas.weights import Group, adaptation, grouped, is_adapted
 
 
 def step(model: nn.Module, t: int | None = None, total: int | None = None) -> None:
@@ -25,7 +27,7 @@ def step(model: nn.Module, t: int | None = None, total: int | None = None) -> No
     and so survives copies and checkpoints. total: all steps of the run, where the spec does not say it.
     Raises: UserError if the model has no adapter, a schedule needs `total`, or the gradients are gone.
     """
-    for group, deltas in grouped(adapted_in(model)):
+    for group, deltas in _with_hook(model, "after_step"):
         group.spec.after_step(deltas, t, total)
 
 
@@ -35,7 +37,7 @@ def penalty(model: nn.Module) -> Float[Tensor, ""] | None:
     Its gradient counts once a step, however many pieces the batch is cut into.
     Raises: UserError if the model has no adapter.
     """
-    parts = [group.spec.penalty(deltas) for group, deltas in grouped(adapted_in(model))]
+    parts = [group.spec.penalty(deltas) for group, deltas in _with_hook(model, "penalty")]
     some = [part for part in parts if part is not None]
     return sum(some[1:], some[0]) if some else None
 
@@ -66,3 +68,11 @@ def adapted_in(model: nn.Module) -> nn.Module:
     raise UserError(
         f"{type(model).__name__} has no adapter.", next="deltalab.adapt(model, deltalab.LoRA()) before the training"
     )
+
+
+def _with_hook(model: nn.Module, name: str) -> list[tuple[Group, dict[str, Delta]]]:
+    """The groups whose method has the hook, with their deltas; most have none, and then no module is looked at."""
+    adapted, plain = adapted_in(model), getattr(DeltaSpec, name)
+    if all(getattr(type(group.spec), name) is plain for group in adaptation(adapted).groups):
+        return []
+    return [(group, deltas) for group, deltas in grouped(adapted) if getattr(type(group.spec), name) is not plain]

@@ -90,6 +90,7 @@ class Loop:
         self.best_weights: dict[str, Tensor] | None = None
         self.order: tuple[int, list[list[int]]] = (-1, [])
         self.packing = Packing(False, "")
+        self.trains = False
 
     def run(self) -> TrainResult:
         """Train to the end, from the start or the last checkpoint; the model is left with its final weights.
@@ -179,7 +180,9 @@ class Loop:
         total = sum(self.counts[i] for i in samples)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rate = set_rate(self.optimizer, self.spec.optim, self.state.step, self.steps)
-        self.prepared.train()
+        if not self.trains:  # a walk through all modules, so not in every step
+            self.prepared.train()
+            self.trains = True
         loss = torch.zeros((), device=self.accelerator.device)
         lengths = [self.lengths[i] for i in samples]
         pieces = self.packing.cut(lengths, self.spec.optim.accumulate, world)[rank]
@@ -223,8 +226,12 @@ class Loop:
         """Evaluation and probes that are due, without a trace in the generators."""
         step = self.state.step
         ends = step in (0, self.steps)
+        evaluates = bool(self.held_out) and (ends or step % self.eval_every == 0)
+        if not evaluates and not any(ends or step % probe.every == 0 for probe in self.probes):
+            return
+        self.trains = False
         with rng.kept():
-            if self.held_out and (ends or step % self.eval_every == 0):
+            if evaluates:
                 self._evaluate(shown)
             for probe in self.probes:
                 if ends or self.state.stopped or step % probe.every == 0:
