@@ -12,11 +12,13 @@ sees through a context variable; so threads run different batches through one mo
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from deltalab.deltas.apart import nbytes, tensors_of
 from deltalab.deltas.attach import attach, delta_on, detach
 from deltalab.deltas.base import Base, Delta, WeightDelta
 from deltalab.deltas.sites import Place
-from deltalab.deltas.stacks import Group, Low, Stacks, Where, grouped, spread_rows
+from deltalab.deltas.stacks import Group, Low, Pair, Stacks, grouped, spread_rows
 
 MANY = 32
 """Tokens of a row from which on its adapter's products are worth a call of their own."""
@@ -54,13 +56,13 @@ class Adapter:
     @cached_property
     def nbytes(self) -> int:
         """Of all its tensors."""
-        tensors = [t for e in self.entries.values() for t in (tensors_of(e) if isinstance(e, Delta) else e)]
+        tensors = [t for e in self.entries.values() for t in (tensors_of(e) if isinstance(e, Delta) else (e.A, e.B))]
         return nbytes(tensors)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         """Of its low-rank entries, each once."""
-        return tuple(sorted({len(e.A) for e in self.entries.values() if isinstance(e, Low)}))
+        return tuple(sorted({e.r for e in self.entries.values() if isinstance(e, Low)}))
 
 
 @torch.no_grad()
@@ -88,15 +90,22 @@ class Run:
                 rows.setdefault(adapter, []).append(i)
         self.rows = [(adapter, rows[adapter]) for adapter in distinct(adapters)]
         self.shared, self.own = shared or Stacks(), Stacks()
-        self.places: dict[tuple[object, ...], Where] = {}
+        self._groups: dict[tuple[object, ...], list[Group]] = {}
         self._parts: dict[str, _Part | None] = {}
 
     def at(self, path: str) -> "_Part | None":
         """What there is to do at a linear; None where no row has anything there."""
         if path not in self._parts:
-            there = [(e, rows) for adapter, rows in self.rows if (e := adapter.entries.get(path)) is not None]
-            self._parts[path] = _Part(path, there, self) if there else None
+            there = [adapter.entries.get(path) for adapter, _ in self.rows]
+            self._parts[path] = _Part(path, there, self) if any(e is not None for e in there) else None
         return self._parts[path]
+
+    def groups(self, ranks: tuple[int, ...], *, alone: bool) -> list[Group]:
+        """What is applied together at a linear: the same at all where the adapters have the same ranks, 0 for none."""
+        key = (ranks, alone)
+        if key not in self._groups:
+            self._groups[key] = grouped(ranks, [rows for _, rows in self.rows], alone=alone)
+        return self._groups[key]
 
     def spread(self, x: Tensor, path: str) -> int:
         """Consecutive rows of x for each row of the run: beams, and tokens where a model flattens them into one.
@@ -178,25 +187,34 @@ def get_up(where: Mapping[str, Place], bank: int) -> None:
 class _Part:
     """What one linear does in one run."""
 
-    def __init__(self, path: str, entries: list[tuple[Entry, list[int]]], run: Run) -> None:
-        self.path, self.run = path, run
-        self.low = [(e, rows) for e, rows in entries if isinstance(e, Low)]
-        self.other = [(e, rows) for e, rows in entries if isinstance(e, Delta)]
+    def __init__(self, path: str, there: list[Entry | None], run: Run) -> None:
+        self.path, self.there, self.run = path, there, run
+        self.ranks = tuple(e.r if type(e) is Low else 0 for e in there)
+        owned = zip(there, run.rows, strict=True)
+        self.other = [(cast(Delta, e), rows) for e, (_, rows) in owned if e is not None and type(e) is not Low]
         self._groups: dict[bool, list[Group]] = {}
 
     def __call__(self, x: Tensor, base: Base, spread: int) -> Tensor:
         y = base(x)
-        if self.low:
-            alone = spread * (x[0].numel() // x.shape[-1]) >= MANY  # tokens of one row of the run
-            if alone not in self._groups:
-                self._groups[alone] = grouped(self.low, alone=alone)
-            for group in self._groups[alone]:
-                kept = self.run.shared if group.whole else self.run.own
-                group.add(y, x, group.where(self.run.places, spread, x), kept, self.path)
+        alone = spread * (x[0].numel() // x.shape[-1]) >= MANY  # tokens of one row of the run
+        groups = self._groups.get(alone)
+        if groups is None:
+            groups = self._groups[alone] = self.run.groups(self.ranks, alone=alone)
+        for group in groups:
+            group.add(y, x, spread, functools.partial(self._stack, group))
         for delta, rows in self.other:
             where = spread_rows(rows, spread, x.device)
             y[where] = _own_forward(delta, x[where], y[where], base)
         return y
+
+    def _stack(self, group: Group, like: Tensor) -> Pair:
+        def made() -> Pair:
+            return group.stack([cast(Low, self.there[i]) for i in group.members], like)
+
+        if len(group.members) == 1:
+            return made()  # for the most part not copied
+        kept = self.run.shared if group.whole else self.run.own
+        return kept.get((self.path, group.key, like.dtype, like.device), made)
 
 
 def _own_forward(delta: Delta, x: Tensor, y: Tensor, base: Base) -> Tensor:

@@ -22,16 +22,11 @@ from deltalab.core.shapes import Float
 Pair = tuple[Tensor, Tensor]
 
 
-class Low(NamedTuple):
+class Low:
     """ΔW = B A, with A (r, in) and B, the scale in it, kept as (r, out)."""
 
-    A: Float[Tensor, "r in"]
-    B: Float[Tensor, "r out"]
-
-    @property
-    def bucket(self) -> int:
-        """Ranks that are stacked together: up to the same power of two."""
-        return (len(self.A) - 1).bit_length()
+    def __init__(self, A: Float[Tensor, "r in"], B: Float[Tensor, "r out"]) -> None:
+        self.A, self.B, self.r = A, B, len(A)
 
 
 class Stacks:
@@ -67,35 +62,31 @@ class Where(NamedTuple):
 
 
 class Group:
-    """Low-rank changes that are applied together, and the rows of the run that each has.
+    """Adapters of a run whose changes of a linear are applied together.
 
-    whole: whether it is all of the linear's that are of like rank, however many rows each has.
+    members: their numbers in the run. rows: of the run, of each. r: the largest rank. whole: whether they are all that have
+    a like rank, however many rows each has. key: who they are, among the adapters of the run.
     """
 
-    def __init__(self, lows: list[Low], rows: list[list[int]], *, whole: bool) -> None:
-        self.lows, self.rows, self.whole = lows, rows, whole
-        self.r = max(len(low.A) for low in lows)
+    def __init__(self, members: list[int], rows: list[list[int]], r: int, *, whole: bool) -> None:
+        self.members, self.rows, self.r, self.whole = members, rows, r, whole
+        self.key = tuple(members)
+        self._where: dict[tuple[int, int, torch.device], Where] = {}
 
-    def where(self, known: dict[tuple[object, ...], Where], spread: int, x: Tensor) -> Where:
-        """Its rows of x, of which there are `spread` for each of the run. known: what other linears of the run found."""
-        key = (tuple(rows[0] for rows in self.rows), spread, x.shape[0], x.device)  # a row has one adapter
-        if key not in known:
-            with torch.inference_mode(False):
-                known[key] = _where(self.rows, spread, x)
-        return known[key]
+    def add(self, y: Tensor, x: Tensor, spread: int, stack: Callable[[Tensor], Pair]) -> None:
+        """y += B A x on the rows of the group, in place; x has `spread` rows for each of the run.
 
-    def add(self, y: Tensor, x: Tensor, where: Where, kept: Stacks, path: str) -> None:
-        """y += B A x on the group's rows, in place.
-
+        stack: A (members, r, in) and B (members, r, out), of the dtype and on the device of the tensor that it gets.
         Of one row an adapter, a CPU reads A and B once and computes little: in fp32 whatever the model's dtype, since its
         products of 16-bit numbers of that shape are slower than fp32's.
         """
+        where = self._where_in(x, spread)
         taken = x[where.take] if isinstance(where.take, slice) else x.index_select(0, where.take)
-        rows = taken.reshape(len(self.lows), -1, x.shape[-1])
+        rows = taken.reshape(len(self.members), -1, x.shape[-1])
         one, half = rows.shape[1] == 1, x.dtype.itemsize == 2
         if one and half and x.device.type == "cpu":
             rows = rows.float()
-        A, B = self._stack(kept, path, rows)
+        A, B = stack(rows)
         low = torch.bmm(A, rows.mT).mT if one or half else torch.bmm(rows, A.mT)
         if isinstance(where.take, slice):
             into = y[where.take]
@@ -112,27 +103,34 @@ class Group:
                 0, where.to, (change if where.real is None else change.index_select(0, where.real)).to(y.dtype)
             )
 
-    def _stack(self, kept: Stacks, path: str, like: Tensor) -> Pair:
-        def made() -> Pair:
-            A, B = (_stacked([low[side] for low in self.lows], self.r) for side in (0, 1))
-            return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+    def stack(self, lows: list[Low], like: Tensor) -> Pair:
+        """The members' A and B, filled with zeros up to r."""
+        A, B = (_stacked(sides, self.r) for sides in ([low.A for low in lows], [low.B for low in lows]))
+        return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
 
-        if len(self.lows) == 1:
-            return made()  # for the most part not copied
-        first = self.lows[0].bucket if self.whole else tuple(rows[0] for rows in self.rows)
-        return kept.get((path, first, like.dtype, like.device), made)
+    def _where_in(self, x: Tensor, spread: int) -> Where:
+        key = (spread, x.shape[0], x.device)
+        if key not in self._where:
+            with torch.inference_mode(False):
+                self._where[key] = _where(self.rows, spread, x)
+        return self._where[key]
 
 
-def grouped(lows: list[tuple[Low, list[int]]], *, alone: bool) -> list[Group]:
-    """What is applied together at a linear. alone: every adapter by itself, so that nothing is padded."""
+def grouped(ranks: tuple[int, ...], rows: list[list[int]], *, alone: bool) -> list[Group]:
+    """What is applied together at a linear. ranks: of a run's adapters there, 0 for one that has no pair. rows: of each.
+
+    alone: every adapter by itself, so that nothing is padded.
+    """
+    there = [i for i, r in enumerate(ranks) if r]
     if alone:
-        return [Group([low], [rows], whole=False) for low, rows in lows]
+        return [Group([i], [rows[i]], ranks[i], whole=False) for i in there]
     groups = []
-    for bucket in _by(lows, lambda low, rows: low.bucket):
-        counts = [len(rows) for _, rows in bucket]
+    for bucket in _by(there, lambda i: (ranks[i] - 1).bit_length()):  # up to the same power of two
+        counts = [len(rows[i]) for i in bucket]
         whole = max(counts) * len(counts) <= 2 * sum(counts)
-        parts = [bucket] if whole else _by(bucket, lambda low, rows: (len(rows) - 1).bit_length())
-        groups += [Group([low for low, _ in part], [rows for _, rows in part], whole=whole) for part in parts]
+        parts = [bucket] if whole else _by(bucket, lambda i: (len(rows[i]) - 1).bit_length())
+        for part in parts:
+            groups.append(Group(part, [rows[i] for i in part], max(ranks[i] for i in part), whole=whole))
     return groups
 
 
@@ -142,12 +140,10 @@ def spread_rows(rows: list[int], spread: int, device: torch.device) -> Tensor:
     return each.flatten()
 
 
-def _by(
-    lows: list[tuple[Low, list[int]]], key: Callable[[Low, list[int]], object]
-) -> list[list[tuple[Low, list[int]]]]:
-    found: dict[object, list[tuple[Low, list[int]]]] = {}
-    for low, rows in lows:
-        found.setdefault(key(low, rows), []).append((low, rows))
+def _by(members: list[int], key: Callable[[int], int]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for i in members:
+        found.setdefault(key(i), []).append(i)
     return list(found.values())
 
 
