@@ -184,7 +184,7 @@ class LoRADelta(WeightDelta):
     def init(self, generator: torch.Generator) -> None:
         if self.start == "kaiming" and self.kind != "embedding":  # nothing is drawn that is copied then
             kaiming(self.A, generator)
-            nn.init.zeros_(self.B)
+            self.B.detach().zero_()
             return
         self.start_at(drawn(self.start, self.A, self.B, generator, self.kind))
 

@@ -115,11 +115,11 @@ def low_rank(
 
 def kaiming(A: Tensor, generator: torch.Generator) -> None:
     """A (..., r, in) uniform on ±1/√in: Kaiming's with a = √5. Drawn on the CPU: the same on every device."""
-    with torch.no_grad():
-        own = A if A.device.type == "cpu" and A.is_contiguous() else torch.empty(A.shape, dtype=A.dtype)
-        own.uniform_(generator=generator).mul_(2).sub_(1).div_(math.sqrt(A.shape[-1]))
-        if own is not A:
-            A.copy_(own)
+    A = A.detach()
+    own = A if A.device.type == "cpu" and A.is_contiguous() else torch.empty(A.shape, dtype=A.dtype)
+    own.uniform_(generator=generator).mul_(2).sub_(1).div_(math.sqrt(A.shape[-1]))
+    if own is not A:
+        A.copy_(own)
 
 
 def in_one_matrix(A: Float[Tensor, "e r in"], B: Float[Tensor, "e out r"]) -> tuple[Tensor, Tensor]:

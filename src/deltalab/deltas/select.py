@@ -76,8 +76,9 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
     blocks = layer_numbers(model, layers)
     lists = list(stacks(model)) if blocks is not None else []
     chosen: set[str] = set()
-    ends = endings(there)
-    for target in split(targets):
+    wanted = split(targets)
+    ends = {} if set(wanted) <= set(PRESETS) else endings(there)
+    for target in wanted:
         found = _preset(model, target, there) if target in PRESETS else _match(model, target, there, ends)
         if blocks is not None:
             inside = {name for name in found if _index(lists, name) in blocks}
