@@ -110,8 +110,8 @@ def _compares(cls: Any, name: str) -> bool:
 
 def _codes(cls: type[nn.Module]) -> Iterator[CodeType]:
     for parent in cls.__mro__:
-        if parent.__module__.startswith("torch."):
-            continue
+        if parent.__module__.startswith(("torch.", "transformers.")) and ".models." not in parent.__module__:
+            continue  # what all models have
         for value in vars(parent).values():
             while getattr(value, "__wrapped__", None) is not None:
                 value = value.__wrapped__
@@ -154,7 +154,10 @@ def attention(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function under our name for `base`: heads (batch, seq, heads, d), and weights or None."""
-    if _in_training(module, query, key, value, options):
+    training = torch.is_grad_enabled() or isinstance(
+        attention_mask, Unmade
+    )  # reentrant checkpointing has no gradients at first
+    if training and _in_training(module, query, key, value, options):
         given = query, key, value
         dtype = _computing(query)
         seen = _seen(base, module, query, attention_mask, options)
@@ -172,7 +175,7 @@ def attention(
 
 def _in_training(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> bool:
     """Whether this is a training pass over a whole sequence, with nothing asked for that is not known here."""
-    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not module.training or torch.compiler.is_compiling():
         return False
     asked = {name for name, value in options.items() if value is not None and value is not False}
     if options.get("dropout") == 0:
