@@ -35,7 +35,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         header[key] = {"dtype": names[key], "shape": list(tensors[key].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as handle:
+    with open(path, "wb", buffering=1 << 20) as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             handle.write(tensors[key].detach().flatten().view(torch.uint8).numpy().data)

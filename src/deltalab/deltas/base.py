@@ -125,7 +125,7 @@ class WeightDelta(Delta):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drop: nn.Module = nn.Identity()
+        self.drop: Callable[[Tensor], Tensor] = whole
 
     @abc.abstractmethod
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
@@ -189,6 +189,11 @@ def through(x: Float[Tensor, "*lead in"] | Int[Tensor, "*lead"], A: Float[Tensor
     return F.embedding(x, A.mT)
 
 
+def whole(x: Tensor) -> Tensor:
+    """The input of a delta that drops nothing of it."""
+    return x
+
+
 class Dropout(nn.Dropout):
     """Dropout of a delta's input, drawn as the kernels do: a pass with them and one without drop the same entries.
 
@@ -199,7 +204,7 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training and x.is_floating_point() else x
 
 
-def acting(drop: nn.Module) -> float:
+def acting(drop: Callable[[Tensor], Tensor]) -> float:
     """The probability with which a delta's `drop` drops an entry now."""
     return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
 

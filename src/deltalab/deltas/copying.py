@@ -19,16 +19,19 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(module, memo)
     make, arguments, state = made[:3]
     blank = memo[id(module)] = make(*arguments)
-    state = {key: _copied(key, value, memo) for key, value in state.items()}
+    state = {
+        key: value
+        if type(value) in VALUES
+        else type(value)()
+        if key in OWN and not value
+        else _copied(key, value, memo)
+        for key, value in state.items()
+    }
     blank.__setstate__(state)
     return blank
 
 
 def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) in VALUES:
-        return value
-    if key in OWN and not value:
-        return type(value)()
     if key == "_modules":
         return {name: child if child is None else copied(child, memo) for name, child in value.items()}
     if key in ("_parameters", "_buffers"):

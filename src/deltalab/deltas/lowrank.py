@@ -70,7 +70,8 @@ class LowRankSpec(DeltaSpec, abc.ABC):
         None also where such a pattern would take another module, whose path ends like the one that it is for.
         """
         common = {**next(iter(parts.values())), "rank_pattern": {}, "alpha_pattern": {}}
-        if any(part[key] != common[key] for part in parts.values() for key in part.keys() - {"r", "lora_alpha"}):
+        each = {id(part): part for part in parts.values()}.values()
+        if any(part[key] != common[key] for part in each for key in part.keys() - {"r", "lora_alpha"}):
             return None
         for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             own = {re.escape(path): part[key] for path, part in parts.items() if part[key] != common[key]}

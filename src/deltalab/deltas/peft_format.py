@@ -141,10 +141,10 @@ def _skeletons(model: nn.Module, group: Group) -> dict[str, Delta]:
     built: dict[Any, Delta] = {}
     skeletons: dict[str, Delta] = {}
     for path, spec in group.spec.each(group.paths).items():
-        site = place(model, path).site(path)._replace(device=torch.device("meta"))
-        alike = (id(spec), site._replace(path="")) if alone else path
+        site = place(model, path).site(path)
+        alike = (id(spec), site[1:]) if alone else path
         if alike not in built:
-            built[alike] = spec.build(site)
+            built[alike] = spec.build(site._replace(device=torch.device("meta")))
         skeletons[path] = built[alike]
     return skeletons
 
@@ -183,7 +183,9 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         return None
     if kind.peft_type is None or any(place(model, path).kind not in kind.peft_on for path in plan):
         return None
-    common = kind.common_peft({path: spec.to_peft() for path, spec in plan.items()}, deltas)
+    specs = {id(spec): spec for spec in plan.values()}  # most modules have one and the same
+    said = {key: spec.to_peft() for key, spec in specs.items()}
+    common = kind.common_peft({path: said[id(spec)] for path, spec in plan.items()}, deltas)
     own, paths = own_to_peft(model, set(state.start), list(plan), kind), list(plan)
     where = None if own is None or common is None else peft_where(model, paths, kind, own)
     if common is None or own is None or where is None:

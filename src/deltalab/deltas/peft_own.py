@@ -191,14 +191,14 @@ def of_the_base(
 
 def embeddings(model: nn.Module) -> dict[str, str]:
     """The weights of the input embeddings and of the output layer: each user's name -> name of the parameter."""
-    names = base_parameters(model)
+    names, paths = base_parameters(model), {id(module): path for path, module in base_modules(model)}
     found: dict[str, str] = {}
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, get)()
         except (AttributeError, NotImplementedError):
             continue
-        path = next((path for path, m in base_modules(model) if m is module), None)
+        path = paths.get(id(module))
         if path is not None and f"{path}.weight" in names:
             found[f"{path}.weight"] = names[f"{path}.weight"]
     return found
