@@ -36,7 +36,7 @@ from deltalab.train.checkpoint import Checkpoint, Checkpoints, require_same_run
 from deltalab.train.curves import Curves
 from deltalab.train.devices import cpu_only
 from deltalab.train.interrupts import interrupts
-from deltalab.train.loss import count, mean_nll, nll_sum
+from deltalab.train.loss import count, mean_nll, nll_sum, told
 from deltalab.train.memory import checkpointed, offload
 from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer_state, set_rate, trained_parameters
 from deltalab.train.progress import Progress, say
@@ -133,7 +133,7 @@ class Loop:
                 parameter.grad = None
         losses = [row["loss"] for row in self.curves.rows.get("train", [])]
         s = self.state
-        how = {"packed": self.packing.packed, "packing": self.packing.why}
+        how = {"packed": self.packing.packed, "packing": self.packing.why, "loss_path": told(self.model)}
         return TrainResult(s.step, losses, self.curves.rows, s.best, s.seconds, s.tokens, s.stopped, how)
 
     def _choose_packing(self) -> None:
