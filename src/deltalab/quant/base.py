@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from deltalab.core.shapes import Float
+from deltalab.quant import strips
 
 
 class Kept(Protocol):
@@ -18,10 +19,14 @@ class Kept(Protocol):
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Ŵ."""
 
+    def product(self, x: Float[Tensor, "*lead in"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "*lead out"]:
+        """Ŵ x + b for few tokens, without a gradient."""
+
 
 class QuantisedLinear(nn.Module, abc.ABC):
     """y = Ŵ x + b, with the weight kept as codes: what a linear is to a delta, whose `weight` reads as Ŵ, made anew in
-    each pass, backward included, and never kept.
+    each pass, backward included, and never kept; for few tokens without a gradient a strip at a time, see
+    `deltalab.quant.strips`.
 
     codes: a buffer, what is kept in place of the weight. in_features, out_features: of Ŵ. bias: (out,), a parameter, or None. dtype: of `weight`, that of the model.
     group_size: inputs of a row that share a scale; None where the codes have no such groups.
@@ -48,6 +53,8 @@ class QuantisedLinear(nn.Module, abc.ABC):
 
     def forward(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
         kept: Any = self.kept()
+        if strips.applies(x):
+            return cast(Tensor, kept.product(x, self.bias))
         y: Tensor = _Product.apply(x, self.bias, type(kept), *kept)  # type: ignore[no-untyped-call]
         return y
 

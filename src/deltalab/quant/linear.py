@@ -1,5 +1,6 @@
 """A linear whose weight is kept as codes in groups, and what makes one; and the names of every way to quantise."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -8,12 +9,15 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float, UInt8
+from deltalab.quant import strips
 from deltalab.quant.base import QuantisedLinear, Quantiser
-from deltalab.quant.groups import default_group, dequantise, pack, quantise, require_group, unpack
+from deltalab.quant.groups import default_group, dequantise, pack, quantise, require_group, times, unpack
 from deltalab.quant.nf4_linear import NF4Quantiser
 
 Quantisation = Literal["nf4", "int4-group", "int8"]
 BITS = {"int4-group": 4, "int8": 8}
+FEW = 8
+"""Tokens up to which the product is one with the codes."""
 
 
 class GroupKept(NamedTuple):
@@ -28,6 +32,20 @@ class GroupKept(NamedTuple):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Ŵ."""
         return dequantise(unpack(self.codes, self.bits, self.in_features), self.scale, self.offset).to(dtype)
+
+    def strips(self, height: int, dtype: torch.dtype) -> Iterator[Float[Tensor, "rows in"]]:
+        """Ŵ, so many rows at a time."""
+        for start in range(0, len(self.codes), height):
+            codes, scale, offset = (t[start : start + height] for t in (self.codes, self.scale, self.offset))
+            yield GroupKept(codes, scale, offset, self.bits, self.in_features).weight(dtype)
+
+    def product(self, x: Float[Tensor, "*lead in"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "*lead out"]:
+        """Ŵ x + b: of up to `FEW` tokens without Ŵ, in the precision of the scales; else by strips."""
+        even = self.bits == 8 or self.in_features // self.scale.shape[1] % 2 == 0
+        if not even or x.numel() > FEW * self.in_features or torch.is_autocast_enabled("cpu"):
+            return strips.product(x, self.strips(strips.height(x), x.dtype), bias)
+        y = times(self.codes, self.bits, self.scale, self.offset, x)
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class GroupLinear(QuantisedLinear):

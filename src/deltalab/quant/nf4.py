@@ -10,6 +10,7 @@ order of the codes, the rounding, what a block of zeros becomes; so its files ca
 
 import functools
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float, Int, UInt8
+from deltalab.quant import strips
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CODES = (
@@ -57,6 +59,21 @@ class NF4(NamedTuple):
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "..."]:
         """Ŵ: the product in fp32, rounded to `dtype`."""
         return dequantise(self.codes, self.scales(), self.blocksize, self.shape, dtype)
+
+    def strips(self, height: int, dtype: torch.dtype) -> Iterator[Float[Tensor, "rows in"]]:
+        """Ŵ, of a matrix, so many rows at a time; whole where blocks go over the end of a row."""
+        out, in_ = self.shape
+        if in_ % self.blocksize:
+            yield self.weight(dtype)
+            return
+        codes, scales = self.codes.view(out, -1), self.scales().view(out, -1)
+        for i in range(0, out, height):
+            part = codes[i : i + height]
+            yield dequantise(part, scales[i : i + height].reshape(-1), self.blocksize, (len(part), in_), dtype)
+
+    def product(self, x: Float[Tensor, "*lead in"], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "*lead out"]:
+        """Ŵ x + b of a matrix, by strips."""
+        return strips.product(x, self.strips(strips.height(x), x.dtype), bias)
 
 
 def quantise(W: Float[Tensor, "..."], blocksize: int = 64, double_quant: bool = True) -> NF4:
