@@ -27,6 +27,8 @@ from deltalab.quant.base import QuantisedLinear
 LINEARS = (nn.Linear, Conv1D, QuantisedLinear)
 """What a delta can sit on. GPT-2's Conv1D is a linear whose weight is stored (in, out)."""
 
+PLAIN = (bool, int, float, str)
+
 CHUNK = 1 << 20
 """Entries of ΔW gathered at a time: bounds the temporary to CHUNK × r values."""
 
@@ -65,6 +67,13 @@ class Delta(nn.Module, abc.ABC):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keep", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A plain value needs no look at the tables of tensors and modules."""
+        if type(value) in PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, base: Base) -> Float[Tensor, "*lead out"]:

@@ -80,7 +80,7 @@ def _set_beside(module: nn.Module) -> None:
     """Tell the adapted linears of a module that read one input of each other."""
     for names in BESIDE if len(module._modules) > 1 else ():
         linears = [m for name in names if isinstance(m := module._modules.get(name), Adapted)]
-        if len(linears) > 1 and not _sees_others(type(module)):
+        if len(linears) > 1 and not _sees_others(type(module)):  # type: ignore[arg-type]
             beside = Beside(cast("list[nn.Module]", linears))
             for linear in linears:
                 linear.__dict__["_beside"] = beside

@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     targets = [path for group in plan.groups for path in group.paths]
     tensors, own, beside = _own_of(model, config, tensors, plan)
     other_vocabulary(model, {name: tensors[key] for key, name in own.items() if key in tensors}, what)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if own else {}
     expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
     keys = {path: key_of(model, path, targets) for path in targets}
     for group in plan.groups:

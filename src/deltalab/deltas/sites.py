@@ -4,6 +4,7 @@ A linear and an embedding go by the path of their module, experts by the path of
 (`model.layers.0.mlp.experts.down_proj`): one module holds several of them.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -100,12 +101,18 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen or isinstance(module, (Delta, ExpertDeltas)):
+        if id(module) in seen or _of_delta(type(module)):  # type: ignore[arg-type]
             continue
         seen.add(id(module))
         yield name, module
         before = name + "." if name else ""
         stack += [(before + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+
+
+@functools.cache
+def _of_delta(cls: type[nn.Module]) -> bool:
+    """Whether a module of this class is a delta, or holds those of experts."""
+    return issubclass(cls, (Delta, ExpertDeltas))
 
 
 def base_parameters(model: nn.Module) -> dict[str, str]:
