@@ -1,22 +1,17 @@
 """What a mixed batch costs: decoding one token a row, as a ratio to the base model's and to peft's.
 
-    .venv/bin/python benchmarks/bank.py runs/bank        # writes bank.json there, prints a table
+    .venv/bin/python -m benchmarks bank
 
 A random Llama (hidden 1024, 4 layers), LoRA r 8 on every linear of its blocks, one model a side: the base, a bank, peft's
-mixed batch (`adapter_names=`). They take turns, one forward each a round, in one process and one thread; a ratio is the
-median over rounds of two forwards of the same round, with the quartiles. The rows are mixed; the bank opens its block in
+mixed batch (`adapter_names=`). They take turns, one forward each a round. The rows are mixed; the bank opens its block in
 every forward, as a server would that asks for each token. `anew`: another assignment of rows each time, so the bank
 stacks its adapters every time too. `general`: every adapter by its own forward, as those go that have no low rank.
 """
 
-import json
 import random
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -24,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import deltalab as dl
+from benchmarks.harness import LEAST, MOST, Asked, Check, Row, Seconds, apart, compared, timed
 from deltalab.models import bank as banks
 
 ROUNDS, WARM_UP, RANK = 21, 3, 8
@@ -64,8 +60,8 @@ def in_peft(folders: dict[str, Path]) -> peft.PeftModel:
 
 
 @torch.no_grad()
-def measure(folders: dict[str, Path], rows: int) -> dict[str, Any]:
-    """Ratios of the sides, of one case; and how far the bank's logits are from peft's."""
+def measure(folders: dict[str, Path], rows: int, rounds: int) -> tuple[Seconds, Check]:
+    """Seconds of the sides, of one case; and how far the bank's logits are from peft's."""
     names = [list(folders)[i % len(folders)] for i in range(rows)]
     random.Random(0).shuffle(names)
     ids = torch.randint(5, 2048, (rows, 1), generator=torch.Generator().manual_seed(0))
@@ -91,34 +87,22 @@ def measure(folders: dict[str, Path], rows: int) -> dict[str, Any]:
         "ours, anew": lambda: ours(bank, anew=True),
         "ours, general": lambda: ours(general),
     }
-    error = float((sides["ours"]() - sides["peft"]()).norm() / sides["peft"]().norm())
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(ROUNDS + WARM_UP):
-        for side, run in sides.items():
-            began = time.perf_counter()
-            run()
-            if turn >= WARM_UP:
-                seconds[side].append(time.perf_counter() - began)
-    result: dict[str, Any] = {f"{side} / base": ratio(seconds[side], seconds["base"]) for side in list(sides)[1:]}
-    result["peft / ours"] = ratio(seconds["peft"], seconds["ours"])
-    milliseconds = {side: round(1e3 * statistics.median(taken), 2) for side, taken in seconds.items()}
-    return {**result, "milliseconds": milliseconds, "bytes": bank.nbytes, "error against peft": error}
+    check = Check("logits", apart(sides["ours"](), sides["peft"]()), 1e-5)
+    return timed(sides, rounds, WARM_UP), check
 
 
-def ratio(above: list[float], below: list[float]) -> str:
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+TARGETS = {("64 adapters, 64 rows", "peft / ours"): 3.0, ("64 adapters, 64 rows", "ours / base"): 1.6}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    home.mkdir(parents=True, exist_ok=True)
-    every = adapters(home, max(count for count, _ in CASES.values()))
-    found = {case: measure(dict(list(every.items())[:count]), rows) for case, (count, rows) in CASES.items()}
-    (home / "bank.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    for case, values in found.items():
-        print(f"{case}, {values['bytes']:,} bytes of adapters; {values['error against peft']:.1e} from peft")
-        for name, value in values.items():
-            if "/" in name:
-                print(f"  {name:<22} {value}")
+def rows(asked: Asked) -> Iterator[Row]:
+    cases = {case: size for case, size in CASES.items() if asked.wants("mixed batch decode", case)}
+    cases = {"8 adapters, 8 rows": (8, 8)} if asked.quick else cases
+    with tempfile.TemporaryDirectory() as folder:
+        every = adapters(Path(folder), max((count for count, _ in cases.values()), default=0))
+        for case, (count, size) in cases.items():
+            seconds, check = measure(dict(list(every.items())[:count]), size, asked.turns(ROUNDS))
+            pairs = [("peft", "ours"), *((side, "base") for side in list(seconds)[1:])]
+            for above, below in pairs:
+                of = f"{above} / {below}"
+                yield compared("mixed batch decode", case, seconds, above, below, checks=[check],
+                               target=TARGETS.get((case, of)), direction=MOST if below == "base" else LEAST)  # fmt: skip

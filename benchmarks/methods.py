@@ -1,18 +1,16 @@
 """What a training step of each method costs: time as a ratio to LoRA's, and the memory that it holds.
 
-    .venv/bin/python benchmarks/methods.py runs/methods        # writes costs.json there, prints a table
+    .venv/bin/python -m benchmarks methods --threads 1 --out runs/methods      # writes costs.json there, for tools/methods.py
 
 All methods are in one process, each on its own copy of a random Llama (hidden 512, 4 layers, 12.6 M weights in the
 blocks), and take turns: one step each a round, forward, backward, AdamW and the method's own schedule on 4 × 256 tokens.
-A ratio is the median over rounds of (this method's step / the step of LoRA r 8 in the same round), with the quartiles.
-One thread. Memory is counted, not sampled: what trains, its gradients and AdamW's two moments, and every tensor that autograd keeps
+Ratios are to the step of LoRA r 8. Memory is counted, not sampled: what trains, its gradients and AdamW's two moments, and every tensor that autograd keeps
 from the forward to the backward and that is no parameter, each storage once.
 """
 
-import json
-import statistics
 import sys
-import time
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,13 @@ import transformers
 from torch import Tensor, nn
 
 import deltalab as dl
+from benchmarks.harness import Asked, Row, compared, exactly, ratio, saved_bytes, timed
+from deltalab.core.files import write_json
 from deltalab.deltas.adapt import param_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from methods import REFERENCE, ROWS, Row
+from methods import REFERENCE, ROWS
+from methods import Row as Method
 
 ROUNDS, WARM_UP, TOKENS = 15, 2, (4, 256)
 
@@ -41,7 +42,7 @@ def base() -> nn.Module:
 class Stepper:
     """One method's model and optimizer."""
 
-    def __init__(self, row: Row, folder: Path) -> None:
+    def __init__(self, row: Method, folder: Path) -> None:
         if row.base:
             self.model, _ = dl.load(folder, adapt=row.specs(), **row.base)
             self.model.train()
@@ -63,21 +64,8 @@ class Stepper:
 
     def memory(self) -> int:
         """Bytes that a step holds beyond the base model."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        own |= {b.untyped_storage().data_ptr() for b in self.model.buffers()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         ids = tokens()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.model(input_ids=ids, labels=ids).loss
-        activations = sum(kept.values())  # the graph is still alive, so no address was used twice
-        del loss
+        activations = saved_bytes(self.model, lambda: self.model(input_ids=ids, labels=ids).loss)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         return activations + 4 * trained
 
@@ -86,33 +74,23 @@ def tokens() -> Tensor:
     return torch.randint(5, 2048, TOKENS, generator=torch.Generator().manual_seed(0))
 
 
-def measure(folder: Path) -> dict[str, dict[str, str]]:
-    """Method -> {step, memory} as they are printed."""
-    place = folder / "random-llama"
-    base().save_pretrained(place)
-    dl.load("organism")[1].save_pretrained(place)
-    steppers = {name: Stepper(row, place) for name, row in ROWS.items()}
+def rows(asked: Asked) -> Iterator[Row]:
+    chosen = {name: row for name, row in ROWS.items() if name == REFERENCE or asked.wants(name)}
+    if asked.quick:
+        chosen = dict(list(chosen.items())[:2]) | {REFERENCE: ROWS[REFERENCE]}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        base().save_pretrained(place)
+        dl.load("organism")[1].save_pretrained(place)
+        steppers = {name: Stepper(row, place) for name, row in chosen.items()}
     memory = {name: stepper.memory() for name, stepper in steppers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for turn in range(ROUNDS + WARM_UP):
-        for name, stepper in steppers.items():
-            began = time.perf_counter()
-            stepper.step()
-            if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
-    costs = {}
-    for name, times in seconds.items():
-        ratios = [mine / theirs for mine, theirs in zip(times, seconds[REFERENCE], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        costs[name] = {"step": f"{middle:.2f} [{low:.2f}, {high:.2f}]", "memory": f"{memory[name] / 2**20:.0f}"}
-    return costs
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    home.mkdir(parents=True, exist_ok=True)
-    found = measure(home)
-    (home / "costs.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    for name, cost in found.items():
-        print(f"{name:<24} {cost['step']:>20}  {cost['memory']:>6} MiB")
+    seconds = timed({name: stepper.step for name, stepper in steppers.items()}, asked.turns(ROUNDS), WARM_UP)
+    costs = {name: {"step": str(ratio(taken, seconds[REFERENCE])), "memory": f"{memory[name] / 2**20:.0f}"}
+             for name, taken in seconds.items()}  # fmt: skip
+    if not (asked.quick or asked.only):
+        write_json(asked.folder / "costs.json", costs)
+    for name in seconds:
+        yield compared("a step of a method", name, seconds, name, REFERENCE, direction="at most")
+        held = {name: memory[name] / 2**20, REFERENCE: memory[REFERENCE] / 2**20}
+        yield Row("memory of a step", name, f"{name} / {REFERENCE}", exactly(*held.values()) if name != REFERENCE else exactly(1, 1),
+                  held, "MiB", direction="at most")  # fmt: skip

@@ -1,24 +1,21 @@
 """What a mixture of LoRA experts costs.
 
-    .venv/bin/python benchmarks/mixture.py
+    .venv/bin/python -m benchmarks mixture
 
 First the delta alone, forward and backward, two ways: every expert on every token with gates that are mostly zero, which is how it
 is done, or each expert on its own tokens. Then a training step of a random Llama (hidden 512, 4 layers, 4 × 256 tokens,
-deltas on every linear of the blocks), as a ratio to that with LoRA r 8. What is compared takes turns in one process, one
-thread; a ratio is the median over rounds, with the quartiles.
+deltas on every linear of the blocks), as a ratio to that with LoRA r 8.
 """
 
 import copy
-import statistics
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
 from torch import Tensor
 
 import deltalab as dl
+from benchmarks.harness import Asked, Check, Row, apart, compared, timed
 from deltalab.deltas.adapt import param_groups
 from deltalab.deltas.lora_experts import mixture
 
@@ -33,23 +30,6 @@ CASES = [
 Run = Callable[[], object]
 
 
-def ratios(runs: Mapping[str, Run], rounds: int) -> dict[str, str]:
-    """Of each the time over that of the first, as it is printed."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - began)
-    first = next(iter(times.values()))
-    shown = {}
-    for name, mine in times.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, first, strict=True)], n=4)
-        shown[name] = f"{1000 * statistics.median(mine):8.1f} ms   {middle:.2f} [{low:.2f}, {high:.2f}]"
-    return shown
-
-
 def sorted_by_expert(x: Tensor, gates: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """What `mixture` computes, each expert on the tokens that it was sent."""
     y = x.new_zeros(len(x), len(B))
@@ -60,16 +40,18 @@ def sorted_by_expert(x: Tensor, gates: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return y
 
 
-def delta(tokens: int, width: int, experts: int, k: int, r: int) -> dict[str, Run]:
-    """Forward and backward of the delta, both ways, which agree."""
+def delta(tokens: int, width: int, experts: int, k: int, r: int) -> tuple[dict[str, Run], list[Check]]:
+    """Forward and backward of the delta, both ways, and how far they agree."""
     x, A, B = torch.randn(tokens, width), torch.randn(experts, r, width), torch.randn(width, experts, r)
     top, chosen = torch.randn(tokens, experts).softmax(-1).topk(k)
     gates = torch.zeros(tokens, experts).scatter(1, chosen, top)
     leaves = [t.requires_grad_() for t in (x, gates, A, B)]
-    got, want = mixture(*leaves), sorted_by_expert(*leaves)
-    assert (got - want).norm() <= 1e-5 * want.norm()
+    checks = [Check("output", apart(mixture(*leaves), sorted_by_expert(*leaves)), 1e-5)]
     ways = {"gated": mixture, "sorted": sorted_by_expert}
-    return {name: lambda way=way: torch.autograd.grad(way(*leaves).sum(), leaves) for name, way in ways.items()}  # type: ignore[misc]
+    runs: dict[str, Run] = {
+        name: lambda way=way: torch.autograd.grad(way(*leaves).sum(), leaves) for name, way in ways.items()
+    }  # type: ignore[misc]
+    return runs, checks
 
 
 def training() -> dict[str, Run]:
@@ -105,14 +87,15 @@ def training() -> dict[str, Run]:
     return steps
 
 
-if __name__ == "__main__":
+def rows(asked: Asked) -> Iterator[Row]:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    for case in CASES:
-        print("{} tokens, width {}, {} experts, {} of them, r {}".format(*case))
-        for name, shown in ratios(delta(*case), rounds).items():
-            print(f"  {name:<22} {shown}")
-    print("a training step")
-    for name, shown in ratios(training(), rounds).items():
-        print(f"  {name:<22} {shown}")
+    for case in CASES[:1] if asked.quick else CASES:
+        setting = "{} tokens, width {}, {} experts, {} of them, r {}".format(*case)
+        if asked.wants("mixture alone", setting):
+            runs, checks = delta(*case)
+            seconds = timed(runs, asked.turns(15), 1)
+            yield compared("mixture alone", setting, seconds, "sorted", "gated", checks=checks)
+    if asked.wants("mixture, a training step"):
+        seconds = timed(training(), asked.turns(15), 1)
+        for name in list(seconds)[1:]:
+            yield compared("mixture, a training step", name, seconds, name, "LoRA r 8", direction="at most")

@@ -1,15 +1,12 @@
 """NF4 beside bitsandbytes and beside plain linears: quantising, dequantising, and a linear's forward and backward.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/nf4.py
-    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/nf4.py
+    .venv/bin/python -m benchmarks nf4
 
-On the CPU, blocks of 64, scales nested. The sides of a row take turns in one process; of each the median time, and the median of the
-ratios to the first side within a round, with quartiles. `torch alone` is what runs where bitsandbytes is not installed.
+On the CPU, blocks of 64, scales nested. Ratios are each side's time over ours. `torch alone` is what runs where bitsandbytes is not installed.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,6 +14,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import Asked, Check, Row, apart, compared, timed
 from deltalab.quant import nf4
 from deltalab.quant.nf4_linear import NF4Linear
 
@@ -93,36 +91,43 @@ def decoding(shape: tuple[int, int], dtype: torch.dtype) -> Sides:
     }
 
 
-def rows() -> Iterator[tuple[str, Sides]]:
+def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], Sides]]]:
+    """What, setting, and what makes the sides."""
     for name, make in (("quantise", quantising), ("dequantise", dequantising), ("one token", decoding)):
-        for shape in SHAPES:
+        for shape in SHAPES[1:] if quick else SHAPES:
             for dtype in DTYPES:
-                yield f"{name}, {shape[0]} × {shape[1]}, {str(dtype)[6:]}", make(shape, dtype)
+                yield f"NF4 {name}", f"{shape[0]} × {shape[1]}, {str(dtype)[6:]}", partial(make, shape, dtype)
     for dtype in DTYPES:
-        yield f"{TOKENS} tokens forward and backward, 4096 × 4096, {str(dtype)[6:]}", steps(SHAPES[0], dtype)
+        shape, tokens = (SHAPES[1], 64) if quick else (SHAPES[0], TOKENS)
+        setting = f"{tokens} tokens, {shape[0]} × {shape[1]}, {str(dtype)[6:]}"
+        yield "NF4 linear, forward and backward", setting, partial(steps, shape, dtype, tokens)
 
 
-def measured(sides: Sides) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(ROUNDS + WARM_UP):
-        for name, work in sides.items():
-            began = time.perf_counter()
-            work()
-            if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+def checked(what: str, sides: Sides) -> Callable[[str], list[Check]]:
+    """How far a side's result is from ours: codes bit for bit, weights and products within the dtype's rounding."""
+    results = {name: work() for name, work in sides.items()}
+
+    def check(name: str) -> list[Check]:
+        ours, theirs = results["deltalab"], results[name]
+        if what == "NF4 quantise":
+            return [Check("codes", float((ours.codes.flatten() != theirs[0].flatten()).sum()), 0)]
+        if name in ("a dense linear", "copying it"):
+            return []  # the limit: it computes with other weights
+        rounding = 2 * torch.finfo(ours.dtype).eps
+        # bitsandbytes' product of one token is in bf16, whatever the dtype
+        most = 1e-2 if what == "NF4 one token" else rounding
+        return [Check("result", apart(theirs, ours), most)]
+
+    return check
 
 
-if __name__ == "__main__":
+def rows(asked: Asked) -> Iterator[Row]:
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads")
-    for row, sides in rows():
-        print(row)
-        found = measured(sides)
-        first = next(iter(found.values()))
-        for name, times in found.items():
-            ratios = [theirs / ours for theirs, ours in zip(times, first, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            print(
-                f"  {name:<16} {1e3 * statistics.median(times):8.1f} ms   {middle:6.2f} [{low:.2f}, {high:.2f}] times"
-            )
+    for what, setting, make in cases(asked.quick):
+        if not asked.wants(what, setting):
+            continue
+        sides = make()
+        check = checked(what, sides)
+        seconds = timed(sides, asked.turns(ROUNDS), WARM_UP)
+        for name in list(sides)[1:]:
+            yield compared(what, setting, seconds, name, "deltalab", checks=check(name))
