@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from deltalab.deltas.adapt import attached, param_groups
-from deltalab.deltas.base import Base
+from deltalab.deltas.base import Base, Dropout
 from tests.helpers import tokens
 
 
@@ -39,8 +39,18 @@ def base_of(W: torch.Tensor, bias: torch.Tensor | None = None) -> Base:
     return Base(linear, linear)
 
 
+def drawing_as_we_do(theirs: nn.Module) -> nn.Module:
+    """A model of peft whose dropout draws its entries as ours does, in place: the same seed then drops the same ones."""
+    for module in list(theirs.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                module.register_module(name, Dropout(child.p).train(child.training))
+    return theirs
+
+
 def trained_alike(ours: nn.Module, theirs: nn.Module) -> None:
     """Ten AdamW steps of our model and of peft's on the same batches, in place."""
+    drawing_as_we_do(theirs)
     for model, parameters in (
         (ours, param_groups(ours, 1e-2)),
         (theirs, [p for p in theirs.parameters() if p.requires_grad]),

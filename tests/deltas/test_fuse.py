@@ -98,8 +98,7 @@ def test_checkpointing(reentrant):
     made.enable_input_require_grads()
     assert_same_step(step(made), want, 1e-10)
     ran = told_of(made)
-    # once more in the backward; the reentrant kind runs the first time without gradients, so the plain way
-    assert ran["MLP"] == (1 if reentrant else 2) * len(made.model.layers)
+    assert ran["MLP"] == 2 * len(made.model.layers)  # once more in the backward
 
 
 def test_what_runs_where_is_told():

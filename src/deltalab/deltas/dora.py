@@ -113,19 +113,22 @@ class DoRADelta(WeightDelta):
         """None where anything is dropped: the stretch is then of another product with W."""
         if self.kind != "linear" or acting(self.drop):
             return None
-        return LowRank(self.A, self.B, self.s, stretch=self.ratio(weight()))
+        return LowRank(self.A, self.B, self.s, stretch=self.ratio(weight(), rounded=True))
 
     def change(self, W: Tensor) -> Float[Tensor, "*e out in"]:
         low = self.s * self.B @ self.A
         return self.kept(low + (self.ratio(W) - 1).unsqueeze(-1) * (W + low))
 
-    def ratio(self, W: Tensor) -> Float[Tensor, "*e out"]:
+    def ratio(self, W: Tensor, *, rounded: bool = False) -> Float[Tensor, "*e out"]:
         """m / ‖V‖; its gradient is that of m alone."""
-        return self.m / self.constant(self.norm(W))
+        return self.m / self.constant(self.norm(W, rounded=rounded))
 
     @torch.no_grad()
-    def norm(self, W: Tensor) -> Float[Tensor, "*e out"]:
-        """‖V‖ of each row, in fp32 or wider, never 0. Raises: UserError for a quantised weight."""
+    def norm(self, W: Tensor, *, rounded: bool = False) -> Float[Tensor, "*e out"]:
+        """‖V‖ of each row, in fp32 or wider, never 0. rounded: W Aᵀ, where the change is, in W's own dtype.
+
+        Raises: UserError for a quantised weight.
+        """
         W = looked_at(W, "DoRA")
         dtype = torch.promote_types(wide(W.dtype), self.A.dtype)
         if dtype is torch.float32 and W.ndim == 2 and len(self.A) <= triton.RANK and triton.available(W):
@@ -134,7 +137,8 @@ class DoRADelta(WeightDelta):
             whole = row_squares(W, self.A, self.B, self.s)
         else:
             A, B = self.A.to(dtype), self.B.to(dtype)
-            cross = ((W.to(dtype) @ A.mT) * B).sum(-1)
+            product = W.dtype if rounded else dtype
+            cross = ((W.to(product) @ A.mT.to(product)).to(dtype) * B).sum(-1)
             square = ((B @ (A @ A.mT)) * B).sum(-1)
             whole = self.squares(W, dtype) + 2 * self.s * cross + self.s**2 * square
         return whole.clamp_min(0).sqrt().clamp_min(torch.finfo(dtype).tiny)  # a row of zeros stays one

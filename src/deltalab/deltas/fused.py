@@ -32,8 +32,8 @@ class Switch:
         self.used: dict[str, int] = {}
 
     def runs(self, module: nn.Module) -> bool:
-        """Whether this pass is one for kernels."""
-        return self.on and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        """Whether this pass is one for kernels: of training, also without gradients, as reentrant checkpointing begins."""
+        return self.on and module.training and not torch.compiler.is_compiling()
 
     def count(self, kernel: str) -> None:
         self.used[kernel] = self.used.get(kernel, 0) + 1
