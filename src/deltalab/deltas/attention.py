@@ -6,6 +6,7 @@ with another registry in that one name's place: it finds the same functions, eac
 registered, and neither model nor config changes, so masks stay those of the implementation that runs.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
@@ -19,6 +20,7 @@ from deltalab import capture
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.deltas.heads import softmax_over
+from deltalab.deltas.prompt_keys import kept
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """The name by which transformers' model files know the registry of attention functions."""
@@ -61,7 +63,8 @@ def beside_tokens(
     """
     x = args[0] if args else kwargs["hidden_states"]
     positions = argument(forward, "position_embeddings", args, kwargs)
-    keys, values = keys_and_values(forward, prompt.to(x.dtype), positions)
+    made = functools.partial(keys_and_values, forward, prompt.to(x.dtype), positions)
+    keys, values = kept(_module(forward), prompt, (x.dtype, x.device, *_shapes(positions)), made)
     asked: list[Function] = []
 
     def around(function: Function, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Any]:
@@ -73,7 +76,10 @@ def beside_tokens(
         term = softmax_over(query, keys, values, options.get("scaling"), options.get("softcap"))
         return add(y, term.transpose(1, 2)), *beside
 
-    return routed(forward, around)(*args, **kwargs)
+    result = routed(forward, around)(*args, **kwargs)
+    if not asked:
+        raise _not_asked(forward, "does not ask")
+    return result
 
 
 def keys_and_values(
@@ -181,6 +187,13 @@ def _still(positions: Any, length: int, forward: Callable[..., Any]) -> Any:
     cos = positions[0]
     shape = (*cos.shape[:-3], *(1 for _ in cos.shape[-3:-2]), length, cos.shape[-1])
     return cos.new_ones(shape), cos.new_zeros(shape)
+
+
+def _shapes(positions: Any) -> tuple[object, ...]:
+    """What of a call's positions a prompt without one depends on."""
+    if not isinstance(positions, tuple):
+        return (type(positions),)
+    return tuple((t.dtype, t.device, t.shape[:-3], t.shape[-1]) if isinstance(t, Tensor) else t for t in positions)
 
 
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
