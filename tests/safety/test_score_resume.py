@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_at_the_first_matrix_that_is_missing(tmp_path, monk
     first, done[:] = list(done), []
     monkeypatch.setattr(score_files, "write_parts", lambda *args: (write(*args), done.append(args[1])))
     went_on = snip(model, data, folder=tmp_path / "s", batch=3, halves=halves, **mode)
-    assert first + done == list(scored_linears(model))
+    assert sorted(first + done) == sorted(scored_linears(model))
     want = snip(model, data, batch=3, halves=halves)
     assert all(torch.equal(went_on[p], want[p]) for p in want)
     assert not (tmp_path / "s/scores.partial.json").exists()

@@ -122,13 +122,27 @@ class Calibration:
 
     def batches(self, size: int, model: torch.nn.Module) -> Iterator[Batch]:
         """All samples, the longest first, so that little of a batch is padding."""
-        device = next(model.parameters()).device
-        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        for part in self._parts(size):
+            yield _batch(part, model)
+
+    def shortest(self, model: torch.nn.Module) -> Batch:
+        """A batch of the shortest sample alone."""
+        return _batch(self._parts(1)[-1], model)
+
+    def padded(self, size: int) -> int:
+        """Tokens of all batches, padding included."""
+        return sum(len(part) * len(part[0].sample.input_ids) for part in self._parts(size))
+
+    def _parts(self, size: int) -> list[list[Counted]]:
         order = sorted(self.samples, key=lambda s: (-len(s.sample.input_ids), s.number))
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            tensors = collate([s.sample for s in part], pad)
-            yield Batch(part, tensors["input_ids"].to(device), tensors["attention_mask"].to(device))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _batch(part: list[Counted], model: torch.nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    tensors = collate([s.sample for s in part], pad)
+    return Batch(part, tensors["input_ids"].to(device), tensors["attention_mask"].to(device))
 
 
 def flat_places(samples: Sequence[Counted]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
