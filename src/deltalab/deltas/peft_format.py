@@ -146,6 +146,8 @@ def _skeletons(model: nn.Module, group: Group) -> dict[str, Delta]:
         if alike not in built:
             built[alike] = spec.build(site._replace(device=torch.device("meta")))
         skeletons[path] = built[alike]
+    if not alone:
+        group.spec.join(skeletons)
     return skeletons
 
 
