@@ -245,5 +245,11 @@ def _scaled(t: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None) 
     """t times a number, or a number a row, in `dtype`: rounded once."""
     if t is None or dtype is None or factor is None:
         return t if t is None or dtype is None else t.to(dtype)
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    return (t * (factor[:, None] if factor.dim() else factor)).to(dtype)
+    wide = torch.promote_types(t.dtype, torch.float32)
+    by = factor[:, None] if factor.dim() else factor.expand(len(t), *[1] * (t.dim() - 1))
+    out = torch.empty_like(t, dtype=dtype)
+    size = max(1, CHUNK * len(t) // (4 * max(t.numel(), 1)))
+    for start in range(0, len(t), size):  # in bands, for the sake of what is between
+        band = slice(start, start + size)
+        out[band] = t[band].to(wide) * by[band]
+    return out
