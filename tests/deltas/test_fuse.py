@@ -106,7 +106,8 @@ def test_what_runs_where_is_told():
     step(made)
     layers = len(made.model.layers)
     assert told_of(made) == {
-        "3 low-rank linears of one input": layers, "MLP": layers, "low-rank linear": layers, "norm": 2 * layers + 1
+        "3 low-rank linears of one input": layers, "MLP": layers, "low-rank linear": layers, "norm": 2 * layers + 1,
+        "attention": "deltalab's",
     }  # fmt: skip
     plain = adapted(tiny_llama(), dl.LoRA(r=3, **ALL), "plain")
     step(plain)

@@ -20,6 +20,7 @@ from deltalab.core.errors import UserError
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
+from deltalab.deltas.fuse import pause
 from deltalab.deltas.fused import KERNELS
 from deltalab.deltas.peft_config import is_peft, peft_plan
 from deltalab.deltas.select import leaf, model_name
@@ -244,16 +245,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for delta in deltas:
             delta.enabled = False
-        if state.switch is not None:
-            state.switch.on = False
+        pause(model, state.switch, on=False)
         for name, parameter in trained.items():  # the tensors change places: nothing is rounded or copied back
             parameter.data = originals[name].to(parameter.device)
         yield model
     finally:
         for delta, was in zip(deltas, before, strict=True):
             delta.enabled = was
-        if state.switch is not None:
-            state.switch.on = True
+        pause(model, state.switch, on=True)
         for name, parameter in trained.items():
             parameter.data = values[name]
 

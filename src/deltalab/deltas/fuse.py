@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltalab.deltas.attach import Adapted, AdaptedSublayer
 from deltalab.deltas.base import LINEARS, weight_of
 from deltalab.deltas.fused import Beside, Fused, FusedMLP, FusedNorm, Parts, Switch, fused_class, watched
+from deltalab.kernels import attention
 from deltalab.kernels.linear import Map
 from deltalab.kernels.mlp import ACTIVATIONS, Form, plain_mlp
 from deltalab.kernels.norm import Norm, plain_norm
@@ -53,11 +54,21 @@ def fuse(model: nn.Module) -> Switch:
             if parts is not None:
                 _take_over(module, FusedMLP, switch, "_parts", parts)
         _set_beside(module)
+    switch.attention = attention.install(model)
     return switch
+
+
+def pause(model: nn.Module, switch: Switch | None, *, on: bool) -> None:
+    """No kernel runs until it is called again with `on`: the base is to be exactly itself."""
+    if switch is not None:
+        switch.on = on
+        if switch.attention:
+            (attention.install if on else attention.remove)(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Every module is of its own class again."""
+    attention.remove(model)
     for module in model.modules():
         if isinstance(module, Fused):
             module.__class__ = type(module).fuses  # type: ignore[assignment]
@@ -200,6 +211,8 @@ def _alike(got: Any, want: Tensor, tolerance: float | None = None) -> bool:
     return bool((got.double() - want.double()).norm() <= allowed * want.double().norm())
 
 
-def told(switch: Switch | None) -> dict[str, int]:
-    """Kernel -> how often it ran; empty where all went the plain way."""
-    return {} if switch is None else dict(sorted(switch.used.items()))
+def told(switch: Switch | None) -> dict[str, int | str]:
+    """Kernel -> how often it ran; of attentions, through which function they go. Empty where all went the plain way."""
+    if switch is None or not switch.used:
+        return {}
+    return {**dict(sorted(switch.used.items())), **({"attention": "deltalab's"} if switch.attention else {})}

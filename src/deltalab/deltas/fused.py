@@ -25,10 +25,12 @@ READY = "_deltalab_ready"
 
 
 class Switch:
-    """Whether the kernels of a model run; one for all its modules. used: how often each did."""
+    """Whether the kernels of a model run; one for all its modules. used: how often each did. attention: whether its
+    attentions go through our function.
+    """
 
     def __init__(self) -> None:
-        self.on = True
+        self.on, self.attention = True, False
         self.used: dict[str, int] = {}
 
     def runs(self, module: nn.Module) -> bool:
