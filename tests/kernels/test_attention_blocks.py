@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltalab.kernels import attention_blocks
-from deltalab.kernels.attention_blocks import Sight, attend, lined_up
+from deltalab.kernels.attention_blocks import Sight, attend
 from tests.helpers import assert_close_by_norm, error_by_norm
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -49,7 +49,7 @@ def allowed(length: int, window: int | None = None, segments: list[int] | None =
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four queries and a few heads, so that short sequences take many."""
     monkeypatch.setattr(attention_blocks, "QUERIES", 4)
-    monkeypatch.setattr(attention_blocks, "AREA", 60)
+    monkeypatch.setattr(attention_blocks, "STEP", 400)
     attention_blocks._below.cache_clear()
 
 
@@ -108,14 +108,6 @@ def test_equals_sdpa_at_the_blocks_of_training(length: int) -> None:
         assert_close_by_norm(ours, theirs, 1e-6)
 
 
-def test_other_width_of_the_values() -> None:
-    q, k, _, _ = given(2, 4, 2, 9, 8, torch.float64)
-    _, _, v, g = given(2, 4, 2, 9, 5, torch.float64)
-    got = with_gradients(lambda q, k, v: attend(q, k, v, 0.3, Sight()), q, k, v, g)
-    for ours, theirs in zip(got, with_gradients(sdpa(scale=0.3), q, k, v, g), strict=True):
-        assert_close_by_norm(ours, theirs, 1e-14)
-
-
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0, 8.0, 20.0])
 @pytest.mark.parametrize("length", [64, 256])
 def test_rounds_in_bf16_about_as_sdpa_does(length: int, scale: float) -> None:
@@ -125,8 +117,8 @@ def test_rounds_in_bf16_about_as_sdpa_does(length: int, scale: float) -> None:
     ours = with_gradients(lambda q, k, v: attend(q, k, v, 0.125, Sight()), *tensors)
     theirs = with_gradients(sdpa(), *tensors)
     errors = [[error_by_norm(t, e) for t, e in zip(found, exact, strict=True)] for found in (ours, theirs)]
-    assert sum(errors[0]) <= 1.2 * sum(errors[1]), errors
-    assert all(a <= 1.6 * b for a, b in zip(*errors, strict=True)), errors
+    assert sum(errors[0]) <= 1.15 * sum(errors[1]), errors
+    assert all(a <= 1.5 * b for a, b in zip(*errors, strict=True)), errors
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "no " not in name])
@@ -166,7 +158,7 @@ def test_segments_do_not_see_each_other() -> None:
 
 
 def test_what_is_given_is_not_written_to_and_what_is_kept() -> None:
-    """q, k, v and a number a query in fp32; the gradient and these stay as they are."""
+    """q, k and v; these and the gradient stay as they are."""
     q, k, v, g = (t.contiguous() for t in given(2, 4, 2, 40, 16, torch.bfloat16))
     copies = [t.clone() for t in (q, k, v, g)]
     kept: list[Tensor] = []
@@ -177,7 +169,7 @@ def test_what_is_given_is_not_written_to_and_what_is_kept() -> None:
     y2.backward(g)
     assert all(torch.equal(a, b) for a, b in zip((q, k, v, g), copies, strict=True))
     sizes = sum(t.numel() * t.element_size() for t in kept)
-    assert sizes == sum(t.numel() * 2 for t in (q, k, v)) + 2 * 4 * 40 * 4
+    assert sizes == sum(t.numel() * 2 for t in (q, k, v))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -185,17 +177,3 @@ def test_a_second_derivative_is_refused() -> None:
     (dq,) = torch.autograd.grad(attend(q, k, v, 0.5, Sight()).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dq.sum().backward()
-
-
-def test_segments_are_lined_up_by_length() -> None:
-    lengths = [80, 7, 100, 0, 300, 8, 82, 129]
-    groups = lined_up(lengths)
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    assert sorted(pair for group in groups for pair in group) == [
-        (s, n) for s, n in zip(starts, lengths, strict=True) if n
-    ]
-    for group in groups:
-        sizes = [n for _, n in group]
-        assert sizes == sorted(sizes)
-        assert len(group) == 1 or (max(sizes) <= 128 and max(sizes) <= attention_blocks.WASTE * min(sizes))
-    assert len(groups) < len([n for n in lengths if n])

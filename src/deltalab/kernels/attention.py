@@ -4,9 +4,9 @@
 under these names computes what it knows a faster way for, and hands all else, with the mask that it would have had, to the
 function of the name that was there:
 
-    a packed batch on a CPU          bf16: in blocks, segments lined up (`attention_blocks`); else torch's sdpa per segment
+    a packed batch on a CPU          bf16: per segment, backward in blocks (`attention_blocks`); else torch's sdpa per segment
     a packed batch on a GPU          torch's varlen attention in half precision, else flex attention (`attention_varlen`)
-    a batch on a CPU in bf16         in blocks, up to LONGEST tokens
+    a batch on a CPU in bf16         the same backward, up to LONGEST tokens a row
 
 Segments are those that transformers reads from the positions, or else the caller's `cu_seq_lens_q`. Outside of training
 passes, without gradients, with dropout on the weights, soft caps, sinks, weights asked for, a cache, or any option that is
@@ -30,7 +30,7 @@ from deltalab.kernels.attention_varlen import attend_on_gpu
 NAMES = {"sdpa": "deltalab_sdpa", "eager": "deltalab_eager"}
 """Our name for each implementation that is switched."""
 LONGEST = 512
-"""Tokens of a row up to which blocks in bf16 beat torch's kernel on a CPU: 2 at 64, 1.3 at 256 and 512, 1.0 at 1024."""
+"""Tokens of a row up to which our backward in bf16 beats that of torch's kernel on a CPU."""
 REGISTRY, EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 """The names by which transformers' model files know the registry, and their own plain function."""
 HARMLESS = {
@@ -86,14 +86,18 @@ def _users(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
 def _name(config: Any, users: list[nn.Module]) -> str | None:
     """Our name for what a config names, if all who read it would go on as before under it."""
     base = config._attn_implementation
-    asking = [module for module in users if _asks(type(module))]
+    asking = [module for module in users if _asks(_class(module))]
     if base not in NAMES or not asking or config.output_attentions:
         return None
-    if any(_compares(type(module), base) for module in users):
+    if any(_compares(_class(module), base) for module in users):
         return None
-    if base == "eager" and any(_theirs(type(module))[1] is None for module in asking):
+    if base == "eager" and any(_theirs(_class(module))[1] is None for module in asking):
         return None
     return NAMES[base]
+
+
+def _class(module: nn.Module) -> Any:
+    return type(module)
 
 
 @cache
@@ -168,7 +172,7 @@ def attention(
             )
             if y is not None:
                 return y, None
-    registry, eager = _theirs(type(module))
+    registry, eager = _theirs(_class(module))
     mask = attention_mask.mask if isinstance(attention_mask, Unmade) else attention_mask
     return registry.get_interface(base, eager)(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
 
@@ -180,7 +184,7 @@ def _in_training(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Ma
     asked = {name for name, value in options.items() if value is not None and value is not False}
     if options.get("dropout") == 0:
         asked.discard("dropout")
-    whole = q.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape[:3] == v.shape[:3]
+    whole = q.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape == v.shape
     return asked <= HARMLESS and whole and q.shape[1] % k.shape[1] == 0
 
 

@@ -58,16 +58,13 @@ def by_flex(
     length = q.shape[2]
     ids = torch.bucketize(torch.arange(length, device=q.device), ends[1:].to(q.device), right=True)
 
+    back = length if window is None else window
     mask = create_block_mask(
-        lambda _, __, i, j: _sees(ids, window, i, j), None, None, length, length, device=q.device, _compile=compiled
-    )
+        lambda _, __, i, j: (ids[i] == ids[j]) & (j <= i) & (j > i - back),
+        None, None, length, length, device=q.device, _compile=compiled,
+    )  # fmt: skip
     function = _compiled_flex() if compiled else flex_attention
     return function(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)  # type: ignore[no-any-return]
-
-
-def _sees(ids: Tensor, window: int | None, i: Tensor, j: Tensor) -> Tensor:
-    near = (ids[i] == ids[j]) & (j <= i)
-    return near if window is None else near & (j > i - window)
 
 
 @cache
