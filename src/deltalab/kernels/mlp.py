@@ -91,15 +91,19 @@ def _between(act: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
     return h if up is None else h.mul_(up)
 
 
-def _between_back(act: Activation, form: Form, gate: Tensor, up: Tensor | None, dh: Tensor) -> list[Tensor]:
-    """The gradients of what the first maps gave; dh is used up."""
+def _between_back(
+    act: Activation, form: Form, gate: Tensor, up: Tensor | None, dh: Tensor, acted: Tensor | None
+) -> list[Tensor]:
+    """The gradients of what the first maps gave. acted: φ(gate), where it is at hand. dh and acted are used up."""
     if up is None:
         return [act.backward(dh, gate)]
     if _at_once(act, gate):
         from deltalab.kernels.triton.swiglu import swiglu_back
 
         return swiglu_back(gate, up, dh, halves=form == "halves")
-    d_gate, d_up = act.backward(dh * up, gate), dh.mul_(act.forward(gate))
+    acted = act.forward(gate) if acted is None else acted
+    d_up = acted.mul_(dh)
+    d_gate = act.backward(dh.mul_(up), gate)
     return [torch.cat([d_gate, d_up], -1)] if form == "halves" else [d_gate, d_up]
 
 
@@ -126,14 +130,15 @@ class _MLP(torch.autograd.Function):
         *first, down = maps_of(static, tensors)
         with torch.autocast(x.device.type, enabled=False):
             gate, up = _split(form, outputs)
-            h = _between(act, gate, up)
+            acted = None if up is None or _at_once(act, gate) else act.forward(gate)
+            h = _between(act, gate, up) if acted is None else acted * up
             dy = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
             dh, *of_down = back(down, last, h, dy, None, True)
             assert dh is not None
             del h
             dx: Tensor | None = None
             found: list[Tensor | None] = []
-            for m, k, dz in zip(first, kept, _between_back(act, form, gate, up, dh), strict=True):
+            for m, k, dz in zip(first, kept, _between_back(act, form, gate, up, dh, acted), strict=True):
                 dx, *of_low = back(m, k, x, dz, dx, ctx.needs_input_grad[0])
                 found += [None, *of_low]
         return None if dx is None else dx.view(ctx.shape).to(ctx.given), None, None, *found, None, *of_down
