@@ -1,34 +1,28 @@
-"""What it takes to put an adapter on a model, to read, write, merge and change it, beside peft.
+"""An adapter attached, loaded, saved, merged, taken off and changed for another, beside peft; how that grows with the linears.
 
-    .venv/bin/python -m benchmarks.adapters                      # 301 linears, hidden 256 and 1024; some minutes
-    .venv/bin/python -m benchmarks.adapters --growth             # hidden 256, 77 to 602 linears, with the fitted exponent
-    .venv/bin/python -m benchmarks.adapters --folder DIR         # where adapters are written: a disk, or /dev/shm
+    .venv/bin/python -m benchmarks adapters [--only 'hidden 256']
 
 Llama shapes with random weights in fp32, LoRA r 8 on every linear of the blocks. Both sides get the same base and the same
-adapter file, take turns in one process, and a ratio is the median over rounds of two calls of the same round. Before the
-first round the sides are compared: logits of the loaded adapter, every merged weight, and the file that each writes.
+adapter's file and take turns in one process. Before the first round they are compared: the logits under the loaded
+adapter, every merged weight, the files that they write (bit for bit), and what `unload` leaves (bit for bit the base).
 
-attach    a new adapter, drawn          load      an adapter's file onto a plain model, trainable
-save      the adapter to a folder; ours is on disk when the call ends, peft's is in the system's buffers. `save, on disk`
-          has peft's file followed by the same fsync
-merge     to a plain model: ours is a second model that shares what no delta touched, and the adapted one stays as it is;
-          `merge_and_unload` writes over the base. `merge, base kept` gives peft the copy that this takes
-unload    the adapter off again         set_active    another of two adapters
-`load, no draw` is peft's with low_cpu_mem_usage=True, which draws nothing that the file then replaces, as ours.
+attach: a new adapter, its start drawn. load: from a file onto a plain model, to be trained on; peft's also with
+`low_cpu_mem_usage=True`, which draws nothing that the file then replaces, as ours draws nothing.
+save: ours is on the disk when the call ends, peft's in the system's buffers; `peft, on disk` has the same fsync after it.
+merge: to a plain model. Ours is a second one that shares what no delta touched, and the adapted one stays as it is; peft's
+`merge_and_unload` writes over the base. `peft, base kept` takes the copy that is needed for that.
+The growth is the exponent p of time ~ linears^p, by least squares on logarithms over 77, 154, 301 and 602 linears.
 """
 
-import argparse
 import copy
 import gc
-import json
 import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +33,62 @@ from safetensors.torch import load_file
 from torch import nn
 
 import deltalab as dl
+from benchmarks.harness import MOST, Asked, Check, Row, Seconds, apart, compared, exactly
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPEC = dl.LoRA(r=8, targets="all-linear")
-SHAPES = {"256": (256, 43), "1024": (1024, 12)}
-"""Name -> hidden, blocks of 7 linears. 43 blocks of hidden 1024 in fp32 are 2 GB, which is what several copies would be of."""
+WANTED = {"attach": 10.0, "load": 20.0, "save": 3.0, "merge": 2.0, "unload": None, "set_active": None}
+VARIANTS = {"load": "peft, no draw", "save": "peft, on disk", "merge": "peft, base kept"}
+SHAPES = ((256, 43), (1024, 12))
+"""Hidden, blocks of 7 linears. 43 blocks of hidden 1024 would be 2 GB, and there are several copies."""
 GROWTH = (11, 22, 43, 86)
-ROUNDS, WARM_UP = 7, 1
 SAME = 1e-5
 
-Times = dict[str, float]
+
+def rows(asked: Asked) -> Iterator[Row]:
+    shapes = [(64, 3)] if asked.quick else SHAPES
+    for hidden, blocks in shapes:
+        setting = f"hidden {hidden}, {7 * blocks} linears"
+        if asked.wants(setting):
+            seconds, checks = measured(hidden, blocks, asked, asked.turns(9))
+            for what, target in WANTED.items():
+                for peft_side in ["peft", *([VARIANTS[what]] if what in VARIANTS else [])]:
+                    goal = target if peft_side == "peft" else None
+                    yield compared(what, setting, seconds[what], peft_side, "ours", target=goal, checks=checks)
+    if asked.wants("growth"):
+        yield from growth(asked)
+
+
+def growth(asked: Asked) -> Iterator[Row]:
+    """The exponents of both sides."""
+    found = {blocks: measured(64 if asked.quick else 256, blocks, asked, asked.turns(5))[0]
+             for blocks in (GROWTH[:2] if asked.quick else GROWTH)}  # fmt: skip
+    for what in WANTED:
+        powers = {}
+        for side in ("ours", "peft"):
+            taken = {7 * blocks: statistics.median(seconds[what][side]) for blocks, seconds in found.items()}
+            xs, ys = [math.log(n) for n in taken], [math.log(t) for t in taken.values()]
+            powers[side] = statistics.linear_regression(xs, ys).slope
+        yield Row(f"{what}: growth", "hidden 256, time ~ linears^p", "p of ours", exactly(powers["ours"], 1.0), powers,
+                  unit="", target=1.1, direction=MOST)  # fmt: skip
+
+
+def measured(hidden: int, blocks: int, asked: Asked, rounds: int) -> tuple[dict[str, Seconds], list[Check]]:
+    """What -> seconds of each side in each round; how far the sides are apart."""
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+        folder = Path(name)
+        model = base(hidden, blocks)
+        file = written(model, folder / "adapter")
+        checks = compare(model, file, folder)
+        seconds: dict[str, Seconds] = {}
+        for turn in range(rounds + 1):  # the first one warms up
+            for side in (ours, theirs) if turn % 2 else (theirs, ours):
+                shutil.rmtree(folder / "out", ignore_errors=True)
+                for (what, who), spent in side(model, file, folder / "out").items():
+                    if turn:
+                        seconds.setdefault(what, {}).setdefault(who, []).append(spent)
+    return seconds, checks
 
 
 def base(hidden: int, blocks: int) -> transformers.PreTrainedModel:
@@ -77,76 +117,70 @@ def written(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def require_same(model: nn.Module, file: Path, folder: Path) -> dict[str, float]:
-    """Both sides of the same file: relative distance by norm of logits and merged weights; the files bit for bit."""
+def compare(model: nn.Module, file: Path, folder: Path) -> list[Check]:
+    """Both sides of the same file."""
     ids = torch.arange(24).reshape(2, 12)
-    plain = copy.deepcopy(model)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), file, is_trainable=True)
+    before = copy.deepcopy(model).state_dict()
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(model), file, is_trainable=True)
     dl.load_adapter(model, file)
     with torch.no_grad():
-        far = {"logits": distance(model(ids).logits, theirs(ids).logits)}
+        checks = [Check("logits", apart(model(ids).logits, other(ids).logits), SAME)]
     dl.save_adapter(model, folder / "ours")
-    theirs.save_pretrained(folder / "theirs")
-    ours, other = (load_file(folder / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    if ours.keys() != other.keys() or not all(torch.equal(ours[key], other[key]) for key in ours):
-        raise SystemExit("the two sides wrote different adapters")
-    merged, other = dl.merged(model).state_dict(), theirs.merge_and_unload().state_dict()
-    far["merged weights"] = max(distance(merged[key], other[key]) for key in other)
+    other.save_pretrained(folder / "theirs")
+    mine, its = (load_file(folder / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    checks.append(Check("files", differing(mine, its), 0))
+    merged, want = dl.merged(model).state_dict(), other.merge_and_unload().state_dict()
+    checks.append(Check("merged weights", max(apart(merged[key], want[key]) for key in want), SAME))
     dl.unload(model)
-    base = plain.state_dict()
-    if not all(torch.equal(base[key], value) for key, value in model.state_dict().items()):
-        raise SystemExit("unload did not give back the base")
-    if max(far.values()) > SAME:
-        raise SystemExit(f"the two sides are different models: {far}")
-    return far
+    return [*checks, Check("unloaded", differing(model.state_dict(), before), 0)]
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """How many tensors are not bitwise the same in both."""
+    return float(len(a.keys() ^ b.keys()) + sum(not torch.equal(a[key], b[key]) for key in a.keys() & b.keys()))
 
 
-def timed(times: Times, name: str, call: Callable[[], Any]) -> Any:
-    """What the call gives; its seconds go to `times`. Garbage of others is collected before."""
+def clock(times: dict[tuple[str, str], float], what: str, side: str, call: Callable[[], Any]) -> Any:
+    """What the call gives; its seconds go to `times`. Garbage of what was before is collected first."""
     gc.collect()
     began = time.perf_counter()
     result = call()
-    times[name] = time.perf_counter() - began
+    times[what, side] = time.perf_counter() - began
     return result
 
 
-def ours(model: nn.Module, file: Path, out: Path) -> Times:
+def ours(model: nn.Module, file: Path, out: Path) -> dict[tuple[str, str], float]:
     """One round; the model is as it was afterwards."""
-    times: Times = {}
-    timed(times, "attach", lambda: dl.adapt(model, SPEC))
-    timed(times, "unload", lambda: dl.unload(model))
-    timed(times, "load", lambda: dl.load_adapter(model, file))
-    timed(times, "save", lambda: dl.save_adapter(model, out))
-    timed(times, "merge", lambda: dl.merged(model))
+    times: dict[tuple[str, str], float] = {}
+    clock(times, "attach", "ours", lambda: dl.adapt(model, SPEC))
+    clock(times, "unload", "ours", lambda: dl.unload(model))
+    clock(times, "load", "ours", lambda: dl.load_adapter(model, file))
+    clock(times, "save", "ours", lambda: dl.save_adapter(model, out))
+    clock(times, "merge", "ours", lambda: dl.merged(model))
     dl.adapt(model, SPEC, adapter="second")
-    timed(times, "set_active", lambda: dl.set_active(model, "default"))
+    clock(times, "set_active", "ours", lambda: dl.set_active(model, "default"))
     dl.unload(model)
-    return times | {"save, on disk": times["save"], "merge, base kept": times["merge"], "load, no draw": times["load"]}
+    return times
 
 
-def theirs(model: nn.Module, file: Path, out: Path) -> Times:
-    """One round on copies: merging writes over the base."""
-    times: Times = {}
+def theirs(model: nn.Module, file: Path, out: Path) -> dict[tuple[str, str], float]:
+    """One round on a copy: merging writes over the base."""
+    times: dict[tuple[str, str], float] = {}
     plain = copy.deepcopy(model)
-    adapted: Any = timed(times, "attach", lambda: peft.get_peft_model(plain, config()))
-    plain = timed(times, "unload", adapted.unload)
-    adapted = timed(times, "load", lambda: peft.PeftModel.from_pretrained(plain, file, is_trainable=True))
-    timed(times, "save", lambda: adapted.save_pretrained(out))
-    times["save, on disk"] = times["save"] + synced(out)
+    adapted: Any = clock(times, "attach", "peft", lambda: peft.get_peft_model(plain, config()))
+    plain = clock(times, "unload", "peft", adapted.unload)
+    adapted = clock(times, "load", "peft", lambda: peft.PeftModel.from_pretrained(plain, file, is_trainable=True))
+    clock(times, "save", "peft", lambda: adapted.save_pretrained(out))
+    times["save", "peft, on disk"] = times["save", "peft"] + synced(out)
     adapted.add_adapter("second", config())
     adapted.set_adapter("second")
-    timed(times, "set_active", lambda: adapted.set_adapter("default"))
+    clock(times, "set_active", "peft", lambda: adapted.set_adapter("default"))
     adapted.delete_adapter("second")
-    kept = timed(times, "copy", lambda: copy.deepcopy(adapted))
-    timed(times, "merge", adapted.merge_and_unload)
-    times["merge, base kept"] = times["merge"] + times.pop("copy")
-    plain = kept.unload()
-    fast = {"is_trainable": True, "low_cpu_mem_usage": True}
-    timed(times, "load, no draw", lambda: peft.PeftModel.from_pretrained(plain, file, **fast))
+    kept = clock(times, "merge", "peft, base kept", lambda: copy.deepcopy(adapted))
+    clock(times, "merge", "peft", adapted.merge_and_unload)
+    times["merge", "peft, base kept"] += times["merge", "peft"]
+    plain, fast = kept.unload(), {"is_trainable": True, "low_cpu_mem_usage": True}
+    clock(times, "load", "peft, no draw", lambda: peft.PeftModel.from_pretrained(plain, file, **fast))
     return times
 
 
@@ -157,71 +191,3 @@ def synced(folder: Path) -> float:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     return time.perf_counter() - began
-
-
-def measured(hidden: int, blocks: int, folder: Path, rounds: int) -> dict[str, Any]:
-    """Medians of both sides in milliseconds, and of the ratios of each round with their quartiles."""
-    model = base(hidden, blocks)
-    file = written(model, folder / "adapter")
-    far = require_same(model, file, folder)
-    sides: list[list[Times]] = [[], []]
-    for i in range(rounds + WARM_UP):
-        order = (ours, theirs) if i % 2 else (theirs, ours)
-        for side in order:
-            out = folder / "out"
-            shutil.rmtree(out, ignore_errors=True)
-            found = side(model, file, out)
-            if i >= WARM_UP:
-                sides[side is theirs].append(found)
-    rows = {}
-    for name in sides[0][0]:
-        a, b = ([times[name] for times in side] for side in sides)
-        ratios = sorted(y / x for x, y in zip(a, b, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        rows[name] = {
-            "ours ms": 1e3 * statistics.median(a), "peft ms": 1e3 * statistics.median(b),
-            "peft / ours": statistics.median(ratios), "quartiles": [low, high],
-        }  # fmt: skip
-    return {"hidden": hidden, "linears": 7 * blocks, "rows": rows, "same": far}
-
-
-def exponent(points: list[tuple[int, float]]) -> float:
-    """Of time ~ linears^p, by least squares on logarithms."""
-    xs, ys = [math.log(n) for n, _ in points], [math.log(t) for _, t in points]
-    return statistics.linear_regression(xs, ys).slope
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="adapters are written here, in a folder of their own")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore")
-    shapes = [(256, blocks) for blocks in GROWTH] if given.growth else [SHAPES[name] for name in given.shapes]
-    results = []
-    for hidden, blocks in shapes:
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            found = measured(hidden, blocks, Path(folder), given.rounds)
-        results.append(found)
-        print(f"hidden {hidden}, {found['linears']} linears, {given.threads} thread(s); apart by norm: {found['same']}")
-        for name, row in found["rows"].items():
-            low, high = row["quartiles"]
-            print(f"  {name:16} ours {row['ours ms']:8.1f} ms   peft {row['peft ms']:8.1f} ms   "
-                  f"peft / ours {row['peft / ours']:5.2f} ({low:.2f} to {high:.2f})")  # fmt: skip
-    if given.growth:
-        for name in results[0]["rows"]:
-            grows = {
-                s: exponent([(f["linears"], f["rows"][name][f"{s} ms"]) for f in results]) for s in ("ours", "peft")
-            }
-            print(f"  {name:16} grows with linears^{grows['ours']:.2f}, peft's with ^{grows['peft']:.2f}")
-    if given.json:
-        given.json.write_text(json.dumps({"threads": given.threads, "results": results}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
