@@ -282,3 +282,11 @@ def test_result_says_what_happened():
     assert str(result).startswith(f"12 steps, {result.tokens:,} tokens in")
     assert "held-out" in str(result)
     assert result.data["samples"] + result.data["held_out"] == 24
+
+
+def test_kernels_are_a_choice_and_told():
+    auto, plain = run(None), run(None, run=RunSpec(checkpoint_every=3, kernels="plain"))
+    assert auto.data["kernels"]["MLP"] >= auto.steps
+    assert auto.data["kernels"]["attention"]
+    assert plain.data["kernels"] == {}
+    assert auto.losses == pytest.approx(plain.losses, rel=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.attach import adapted_modules, attach, attached_to, detach
 from deltalab.deltas.base import Delta
-from deltalab.deltas.fuse import fuse, unfuse
+from deltalab.deltas.fuse import fuse, told, unfuse
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
 from deltalab.deltas.weights import STATE, Adaptation, adaptation, attached, is_adapted
@@ -91,10 +91,17 @@ def bring_back(model: nn.Module, adapter: str) -> None:
     ignore_on_save(model)
 
 
-def set_kernels(model: nn.Module) -> None:
-    """Kernels where the active adapter asks for them."""
+def set_kernels(model: nn.Module, kernels: str | None = None) -> None:
+    """Kernels where the active adapter asks for them, or as said from now on: `auto` or `plain`."""
     state = adaptation(model)
+    state.kernels = kernels or state.kernels
+    unfuse(model)
     state.switch = fuse(model) if state.kernels == "auto" else None
+
+
+def kernels_of(model: nn.Module) -> dict[str, int | str]:
+    """What ran in the training passes of an adapted model: kernel -> how often. Empty where all went the plain way."""
+    return told(adaptation(model).switch)
 
 
 def drop(model: nn.Module, active: list[str]) -> None:

@@ -29,6 +29,7 @@ from deltalab.data.packing import Batch, pack
 from deltalab.deltas import schedule
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
+from deltalab.deltas.switch import kernels_of, set_kernels
 from deltalab.deltas.weights import is_adapted
 from deltalab.models.precision import require_bfloat16
 from deltalab.train import rng
@@ -106,6 +107,8 @@ class Loop:
         rng.seed_all(self.spec.seed + self.accelerator.process_index)
         device = self.accelerator.device
         self.saving = offload(self.model, device) if self.spec.run.offload else contextlib.nullcontext()
+        if self.spec.run.kernels is not None and is_adapted(self.model):
+            set_kernels(self.model, self.spec.run.kernels)
         optimizer = make_optimizer(self.model, self.spec.optim, device)
         if self.freezer is not None:
             self.freezer.install(optimizer)
@@ -133,7 +136,8 @@ class Loop:
                 parameter.grad = None
         losses = [row["loss"] for row in self.curves.rows.get("train", [])]
         s = self.state
-        how = {"packed": self.packing.packed, "packing": self.packing.why, "loss_path": told(self.model)}
+        how = {"packed": self.packing.packed, "packing": self.packing.why, "loss_path": told(self.model),
+               "kernels": kernels_of(self.model)}  # fmt: skip
         return TrainResult(s.step, losses, self.curves.rows, s.best, s.seconds, s.tokens, s.stopped, how)
 
     def _choose_packing(self) -> None:

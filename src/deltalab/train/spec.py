@@ -55,7 +55,8 @@ class RunSpec(Spec):
     supports it. tokens: of a forward pass at most, padding included: a step is cut into pieces that fit, and a longer
     sample goes alone; null for no limit but where attention masks a packed row, 2048. checkpointing: layers are computed
     again in the backward, for less memory. offload: what the backward needs waits in CPU memory; on CUDA alone. None of
-    these four changes the result.
+    these four changes the result. kernels: auto or plain, see `deltalab.adapt`; null for what the model was adapted with,
+    auto in a run from a spec.
     """
 
     context: PositiveInt | None = None
@@ -68,6 +69,7 @@ class RunSpec(Spec):
     tokens: PositiveInt | None = None
     checkpointing: bool = False
     offload: bool = False
+    kernels: Literal["auto", "plain"] | None = None
 
 
 class EvalSpec(Spec):
