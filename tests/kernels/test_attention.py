@@ -1,84 +1,19 @@
 """The attention function under our names in transformers' registries: when it acts, what it hands on, how it comes and goes."""
 
 import copy
-import pickle
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-import deltalab as dl
 from deltalab.kernels import attention as ours
-from deltalab.kernels.attention import install, installed, remove
+from deltalab.kernels.attention import install
 from deltalab.kernels.attention_masks import Unmade
-from tests.families import DECODER, MLP, SIZE, model_of
-from tests.helpers import assert_close_by_norm, error_by_norm, tiny_gpt2, tiny_llama, tokens
-
-LENGTHS = [5, 17, 1, 9]
-
-
-def mistral(window: int | None = 4, dtype: torch.dtype = torch.float32) -> nn.Module:
-    config = transformers.MistralConfig(**DECODER, intermediate_size=MLP, sliding_window=window)
-    return transformers.MistralForCausalLM(config).to(dtype)
-
-
-def qwen3(dtype: torch.dtype = torch.float32) -> nn.Module:
-    config = transformers.Qwen3Config(**DECODER, intermediate_size=MLP, head_dim=8)
-    return transformers.Qwen3ForCausalLM(config).to(dtype)
-
-
-def gpt2(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
-    model = tiny_gpt2()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    return model.to(dtype)
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "llama": tiny_llama, "mistral": mistral, "qwen3": qwen3, "gpt2": gpt2,
-}  # fmt: skip
-
-
-def packed(seed: int = 0) -> dict[str, Any]:
-    """Samples of LENGTHS tokens in one row, as a packed batch is handed to a model."""
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    return {
-        "input_ids": tokens(1, sum(LENGTHS), seed=seed),
-        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS),
-        "use_cache": False,
-    }  # fmt: skip
-
-
-def padded() -> dict[str, Any]:
-    """Two rows, the second one padded on the right."""
-    ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
-    mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def with_gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits and every parameter's gradient."""
-    model.zero_grad()
-    logits = model(**batch).logits
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    if "attention_mask" in batch and batch["attention_mask"].ndim == 2:
-        weights *= batch["attention_mask"][..., None]
-    (logits * weights.to(logits.dtype)).sum().backward()
-    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 0.0) -> None:
-    assert got.keys() == want.keys()
-    for name, t in got.items():
-        assert torch.equal(t, want[name]) if not bound else error_by_norm(t, want[name]) <= bound, name
+from tests.families import DECODER, MLP, model_of
+from tests.helpers import assert_close_by_norm, error_by_norm, tiny_llama, tokens
+from tests.kernels.attending import LENGTHS, MODELS, assert_same, gpt2, packed, padded, with_gradients
 
 
 def assert_as_near(
@@ -332,102 +267,3 @@ def test_padding_on_the_left_and_masks_that_are_looked_at(calls: list[str]) -> N
     assert torch.equal(mask[..., 1:], make()[..., 1:])
     assert type(mask.detach()) is Unmade
     assert mask.detach().mask is mask.mask
-
-
-def test_which_models_are_switched() -> None:
-    assert installed(tiny_llama()) is False
-    for kind in MODELS.values():
-        assert install(kind())
-    t5, falcon = model_of("t5"), transformers.FalconForCausalLM(transformers.FalconConfig(**SIZE, num_kv_heads=2))
-    eager_gpt2, flash = tiny_gpt2(), tiny_llama()
-    eager_gpt2.set_attn_implementation("eager")
-    flash.config._attn_implementation_internal = "flash_attention_2"
-    for model in (eager_gpt2, flash, falcon):
-        name = model.config._attn_implementation
-        assert not install(model)
-        assert not installed(model)
-        assert model.config._attn_implementation == name
-    install(t5)  # whichever way
-    assert not install(nn.Linear(2, 2))
-
-
-def test_remove_puts_back_what_was_there(tmp_path: Path) -> None:
-    for implementation in ("sdpa", "eager"):
-        model = tiny_llama()
-        model.set_attn_implementation(implementation)
-        model.save_pretrained(tmp_path / "before")
-        config = copy.deepcopy(vars(model.config))
-        state = [name for name, _ in model.named_modules()], list(model.state_dict())
-        install(model)
-        install(model)
-        assert installed(model)
-        model.save_pretrained(tmp_path / "after")
-        files = [(tmp_path / name / "config.json").read_text() for name in ("before", "after")]
-        assert files[0] == files[1]
-        assert "deltalab" not in files[1]
-        remove(copy.deepcopy(model))
-        assert installed(model)
-        remove(model)
-        assert vars(model.config) == config
-        assert type(model.config._attn_implementation) is str
-        assert state == ([name for name, _ in model.named_modules()], list(model.state_dict()))
-
-
-def test_configs_within_a_config() -> None:
-    """Vision and text have a config each."""
-    text = {**DECODER, "intermediate_size": MLP, "head_dim": 8}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-              "image_size": 8, "patch_size": 4}  # fmt: skip
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = transformers.Gemma3ForConditionalGeneration(config)
-    names = model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation
-    model.train()
-    before = model(input_ids=tokens(2, 12)).logits
-    assert install(model)
-    assert model.config.text_config._attn_implementation == "deltalab_sdpa"
-    assert torch.equal(model(input_ids=tokens(2, 12)).logits, before)
-    remove(model)
-    assert names == (
-        model.config.text_config._attn_implementation,
-        model.config.vision_config._attn_implementation,
-    )
-
-
-def test_copies_work() -> None:
-    """A deep copy and a pickled one."""
-    model = tiny_llama().train()
-    install(model)
-    want = model(**packed()).logits
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert installed(twin)
-        assert torch.equal(twin(**packed()).logits, want)
-
-
-@pytest.mark.slow
-def test_another_process_unpickles_a_model(tmp_path: Path) -> None:
-    model = tiny_llama().train()
-    install(model)
-    want = model(**packed()).logits.detach()
-    torch.save({"model": model, "batch": packed(), "want": want}, tmp_path / "model.pt")
-    code = (
-        "import sys, torch; torch.set_num_threads(1); d = torch.load(sys.argv[1], weights_only=False);"
-        "sys.exit(not torch.equal(d['model'](**d['batch']).logits, d['want']))"
-    )
-    assert subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], timeout=300).returncode == 0
-
-
-def test_beside_deltas_and_zero_init_prompts() -> None:
-    """A prompt's term is added to heads that ours computed; merged copies and unloading go on."""
-    model = tiny_llama().train()
-    adapted = dl.adapt(model, dl.ZeroInitPrefix(length=3))
-    for name, parameter in adapted.named_parameters():
-        if "delta" in name:
-            nn.init.normal_(parameter, std=0.3)
-    want = with_gradients(adapted, packed())
-    install(adapted)
-    assert_same(with_gradients(adapted.train(), packed()), want, 2e-6)
-    adapted.eval()
-    with torch.no_grad():
-        eval_logits = adapted(**packed()).logits
-        remove(adapted)
-        assert torch.equal(adapted(**packed()).logits, eval_logits)

@@ -56,6 +56,7 @@ def test_torchs_varlen_has_these_arguments() -> None:
         assert by_varlen(varlen_attn, q, k, v, 0.3, ends, 17, 3).shape == (1, 32, 4, 16)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("window", [None, 3])
 def test_flex_sees_what_the_blocks_see(window: int | None) -> None:
     q, k, v = given()
