@@ -50,6 +50,7 @@ def joined(masks):
 def test_masks_are_those_of_a_stable_sort(monkeypatch, dtype, kind, kept):
     """kept: everything is kept; bounds come from a sample; what lies between is more than may be kept."""
     monkeypatch.setattr(topk, "KEPT", kept)
+    monkeypatch.setattr(topk, "FEW", kept)
     monkeypatch.setattr(topk, "CHUNK", 1000)
     torch.manual_seed(0)
     flat = KINDS[kind](24_000).to(dtype)
@@ -64,7 +65,7 @@ def test_masks_are_those_of_a_stable_sort(monkeypatch, dtype, kind, kept):
 def test_rows_are_those_of_a_stable_sort(dtype, kind):
     torch.manual_seed(0)
     score = KINDS[kind](2000).to(dtype).view(20, 100)
-    for k in (1, 7, 50, 99, 100):
+    for k in (1, 2, 7, 50, 99, 100):
         want = np.stack([stable(row, k) for row in score])
         assert np.array_equal(top_of_rows(score, k).numpy(), want)
     assert not top_of_rows(score, 0).any()
@@ -74,6 +75,7 @@ def test_rows_are_those_of_a_stable_sort(dtype, kind):
 def test_a_sample_that_misleads_costs_passes_only(monkeypatch):
     """Bounds that lie above the k-th largest, and below it: found all the same."""
     monkeypatch.setattr(topk, "KEPT", 100)
+    monkeypatch.setattr(topk, "FEW", 100)
     flat = torch.randn(24_000)
     for low, high in ((3.0, 4.0), (-4.0, -3.0), (9.0, 9.5)):
         keys = [int(key) for key in ordered_keys(torch.tensor([low, high]))]
@@ -126,8 +128,8 @@ def test_passes_over_the_matrices(monkeypatch):
     """Of distinct scores one between the bounds and one for the masks, sampled or not."""
     read, chunks = [], topk._chunks
     monkeypatch.setattr(topk, "_chunks", lambda score, double: (read.append(len(score)), chunks(score, double))[1])
-    for kept in (topk.KEPT, 9000):
+    for few in (topk.FEW, 9000):
         read.clear()
-        monkeypatch.setattr(topk, "KEPT", kept)
+        monkeypatch.setattr(topk, "FEW", few)
         list(top_of_all(several(torch.rand(24_000)), 0.1))
         assert len(read) == 2 * 3

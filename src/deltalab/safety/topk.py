@@ -26,7 +26,13 @@ SHARE = 256
 """One entry in so many is sampled."""
 
 KEPT = 1 << 22
-"""The most entries between the bounds that are kept. So many in all need no sample."""
+"""The most entries between the bounds that are kept."""
+
+FEW = 1 << 16
+"""So many entries in all need no sample."""
+
+SMALL = 1 / 40
+"""Up to this share of a row torch finds its largest faster than numpy parts it."""
 
 DIGIT = 16
 """Bits that one histogram settles."""
@@ -47,9 +53,8 @@ def top_of_rows(score: Float[Tensor, "rows columns"], k: int) -> Bool[Tensor, "r
     """True at the k largest of each row, the first of equal ones; nowhere in a row that holds NaN."""
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    least = _kth_of_rows(score, k)
+    least, over = _kth_of_rows(score, k)
     mask = score >= least
-    over = mask.sum(1) > k
     if over.any():  # rows with more equals of the k-th than belong to the k
         rows, least = score[over], least[over]
         above, level = rows > least, rows == least
@@ -111,13 +116,17 @@ def _chunks(score: Tensor, double: bool) -> Iterator[Keys]:
         yield ordered_keys(part, double)
 
 
-def _kth_of_rows(score: Tensor, k: int) -> Float[Tensor, "rows 1"]:
-    """The k-th largest of each row, or NaN. On a CPU numpy's selection is much the faster."""
-    if score.device.type != "cpu":
-        return score.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    wide = score.detach().to(torch.promote_types(score.dtype, torch.float32)).numpy()
-    first = wide.shape[1] - k
-    return torch.from_numpy(np.partition(wide, first, axis=1)[:, first:].min(1, keepdims=True)).to(score.dtype)
+def _kth_of_rows(score: Tensor, k: int) -> tuple[Float[Tensor, "rows 1"], Bool[Tensor, " rows"]]:
+    """The k-th largest of each row, NaN if the row holds one, and whether the next one is equal to it."""
+    score, rest = score.detach(), score.shape[1] - k
+    if score.device.type != "cpu" or k <= SMALL * score.shape[1]:
+        values = score.topk(min(k + 1, score.shape[1]), dim=1).values
+        least, following = values[:, :k].amin(1), values[:, k] if rest else None
+    else:
+        parted = np.partition(score.to(torch.promote_types(score.dtype, torch.float32)).numpy(), rest, axis=1)
+        least = torch.from_numpy(parted[:, rest:].min(1)).to(score.dtype)
+        following = torch.from_numpy(parted[:, :rest].max(1)).to(score.dtype) if rest else None
+    return least[:, None], torch.zeros_like(least, dtype=torch.bool) if following is None else following == least
 
 
 class _Survey:
@@ -133,7 +142,7 @@ class _Survey:
             if len(flat):
                 places = torch.randint(len(flat), (-(-len(flat) // SHARE),), generator=generator)
                 drawn.append(flat[places.to(flat.device)].cpu().double())
-        self.sample = np.sort(ordered_keys(torch.cat(drawn), self.double)) if self.entries > KEPT else None
+        self.sample = np.sort(ordered_keys(torch.cat(drawn), self.double)) if self.entries > FEW else None
         limits = np.iinfo(np.int64 if self.double else np.int32)
         self.least, self.most = int(limits.min), int(limits.max)
 
