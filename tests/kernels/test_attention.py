@@ -234,6 +234,15 @@ def test_a_long_row_goes_to_what_was_there(calls: list[str], monkeypatch: pytest
     assert calls == ["attend"] * 2
 
 
+def test_long_segments_go_to_torch_one_by_one(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "LONGEST", 10)  # a token's segment has 12.4 in the mean
+    model = tiny_llama(dtype=torch.bfloat16).train()
+    want = model(**packed()).logits
+    install(model)
+    assert_close_by_norm(model(**packed()).logits, want, 2e-2)
+    assert calls == ["by_segment"] * 2
+
+
 def test_masks_of_four_dimensions(calls: list[str]) -> None:
     """A user's own mask, bool or added, goes to our function too; one that is trained does not."""
     model = tiny_llama(dtype=torch.bfloat16).train()

@@ -232,7 +232,8 @@ def _attend(
     if packed is None:
         return attend(q, k, v, scale, sight) if low and q.shape[2] <= LONGEST else None
     lengths = packed.lengths if isinstance(packed, Unmade) else packed
-    if low or (sight.window and sight.window < max(lengths)):
+    short = sum(n * n for n in lengths) <= LONGEST * sum(lengths)  # the segment that a token is in, in the mean
+    if (low and short) or (sight.window and sight.window < max(lengths)):
         return attend(q, k, v, scale, sight, lengths)
     return by_segment(q, k, v, scale, lengths)
 
