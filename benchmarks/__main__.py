@@ -24,7 +24,6 @@ from deltalab.core.errors import UserError, nearest
 
 HERE = Path(__file__).parent
 BOTH = (1, 2)
-NO_BENCHMARKS = {"harness", "results", "table", "profile"}
 
 
 def benchmarks() -> dict[str, str]:

