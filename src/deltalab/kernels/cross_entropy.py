@@ -103,7 +103,7 @@ def sweep(
 ) -> tuple[Float[Tensor, " m"], Gradients]:
     """The losses of the m counted rows, and the gradients of their sum, or of their sum with `weights`.
 
-    dtype: that of the products; the gradients of W and bias are in fp32 or wider.
+    dtype: that of the products; the gradients of W and bias are summed over chunks in fp32 or wider.
     """
     hidden, W, rows = head.hidden, head.W.to(dtype), head.rows
     (n, d), wide = hidden.shape, torch.promote_types(dtype, torch.float32)
@@ -111,9 +111,11 @@ def sweep(
     losses = hidden.new_empty(n, dtype=wide)
     bias = None if head.bias is None else head.bias.to(dtype)
     dh = hidden.new_empty(n, d, dtype=dtype) if wanted[0] else None
-    dW = torch.zeros_like(W, dtype=wide) if wanted[1] else None
+    chunks = list(_chunks(n, W, options.chunk))
+    # of a single chunk the product is all there is
+    dW = torch.zeros_like(W, dtype=dtype if len(chunks) == 1 else wide) if wanted[1] else None
     db = torch.zeros_like(W[:, 0], dtype=wide) if wanted[2] else None
-    for part in _chunks(n, W, options.chunk):
+    for part in chunks:
         at = part if rows is None else rows[part]
         h, targets = hidden[at].to(dtype), head.targets[at]
         z = F.linear(h, W, bias)
@@ -186,7 +188,7 @@ def _blocks(z: Tensor) -> Iterator[slice]:
 
 def _add_product(total: Tensor, z: Tensor, h: Tensor) -> None:
     """total += zᵀ h. Of 16-bit products a band of rows at a time: they do not fit where the sum is kept."""
-    if total.dtype is z.dtype:
+    if total.dtype == z.dtype:
         total.addmm_(z.mT, h)
         return
     size = max(1, CHUNK // (4 * h.shape[1]))
@@ -248,7 +250,7 @@ def _scaled(t: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None) 
     wide = torch.promote_types(t.dtype, torch.float32)
     by = factor[:, None] if factor.dim() else factor.expand(len(t), *[1] * (t.dim() - 1))
     out = torch.empty_like(t, dtype=dtype)
-    size = max(1, CHUNK * len(t) // (4 * max(t.numel(), 1)))
+    size = max(1, BLOCK.get(t.device.type, CHUNK) * len(t) // (4 * max(t.numel(), 1)))
     for start in range(0, len(t), size):  # in bands, for the sake of what is between
         band = slice(start, start + size)
         out[band] = t[band].to(wide) * by[band]
