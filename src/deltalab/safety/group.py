@@ -207,17 +207,26 @@ def _printed(title: str, parts: Mapping[str, tuple[int, int]]) -> str:
 
 def pack(index: Tensor, size: int) -> Tensor:
     """Indices, or bits where those are smaller: above one entry in 32 (in 64 for matrices of 2³¹ entries)."""
-    index = index.to(torch.int32 if size < 2**31 else torch.int64)
-    if index.numel() * index.element_size() <= -(-size // 8):
-        return index
-    flat = np.zeros(size, dtype=bool)
-    flat[index.numpy()] = True
-    return torch.from_numpy(np.packbits(flat))
+    if not _as_indices(index.numel(), size):
+        flat = np.zeros(size, dtype=bool)
+        flat[index.numpy()] = True
+        return torch.from_numpy(np.packbits(flat))
+    return index.to(_index_dtype(size))
 
 
 def _pack(mask: Tensor) -> Tensor:
-    flat = mask.flatten().cpu()
-    return pack(torch.from_numpy(np.flatnonzero(flat.numpy())), flat.numel())
+    flat = mask.flatten().cpu().numpy()
+    if not _as_indices(int(np.count_nonzero(flat)), flat.size):
+        return torch.from_numpy(np.packbits(flat))
+    return torch.from_numpy(np.flatnonzero(flat)).to(_index_dtype(flat.size))
+
+
+def _as_indices(count: int, size: int) -> bool:
+    return count * _index_dtype(size).itemsize <= -(-size // 8)
+
+
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.int32 if size < 2**31 else torch.int64
 
 
 def _stored_count(data: Tensor) -> int:
