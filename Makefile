@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLI
   $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test test-all test-browser lint format coverage mutants clean
+.PHONY: help install demo test test-all test-browser lint format coverage mutants bench clean
 
 help:
 	@echo 'make demo          the study on the bundled model, end to end; ends with the path of the report'
@@ -26,6 +26,7 @@ help:
 	@echo 'make lint          ruff, formatting, types'
 	@echo 'make coverage      lines of src/ that the fast tests reach'
 	@echo 'make mutants       injects known faults; each must turn the tests red'
+	@echo 'make bench         all benchmarks, hours; one: make bench NAME=step; the table: make bench NAME="table runs/benchmarks"'
 
 install: $(STAMP)
 
@@ -63,6 +64,9 @@ coverage: $(STAMP)
 
 mutants: $(STAMP)
 	@$(BIN)/python tools/mutants.py
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks $(or $(NAME),all)
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .hypothesis htmlcov .coverage build dist

@@ -1,12 +1,14 @@
 """The commands that the documents name exist, with their options; links lead somewhere."""
 
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from benchmarks import __main__ as benchmarks
 
 from deltalab.cli import VERBS
 from deltalab.core.spec import load_spec
@@ -24,7 +26,8 @@ def commands(path: Path) -> list[str]:
     blocks = re.findall(r"^```(?:console|sh|bash)\n(.*?)^```", text, re.M | re.S)
     lines = [line.removeprefix("$ ").split("#")[0].strip() for block in blocks for line in block.splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    return [line for line in lines + inline if re.match(r"(make|deltalab|python -m deltalab)\b(?! ?[=(])", line)]
+    found = [line.removeprefix(".venv/bin/") for line in lines + inline]
+    return [line for line in found if re.match(r"(make|deltalab|python -m (deltalab|benchmarks))\b(?! ?[=(])", line)]
 
 
 @cache
@@ -48,6 +51,10 @@ def test_commands_exist(path: Path) -> None:
             assert words[1] in VERBS, line
             for option in (w.split("=")[0] for w in words[2:] if w.startswith("--")):
                 assert option in options(words[1]), f"{line}: no option {option}"
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            asked = benchmarks.parser().parse_args([word for word in shlex.split(line)[3:] if word != "…"])
+            known = {*benchmarks.benchmarks(), "all", "table", "history", "profile", "NAME", None}
+            assert asked.name in known, line
         elif words[:2] == ["python", "-m"]:
             assert words[2] in modules(), line
 
