@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from benchmarks import __main__ as benchmarks
 
+from benchmarks import __main__ as benchmarks
 from deltalab.cli import VERBS
 from deltalab.core.spec import load_spec
 from deltalab.train import TrainSpec
