@@ -15,6 +15,7 @@ import deltalab as dl
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import collate
 from deltalab.quant.linear import quantiser
+from deltalab.train import head
 from deltalab.train.head import After, after
 from deltalab.train.loss import nll_of_logits, nll_sum, told
 from tests.helpers import assert_close_by_norm, tiny_llama
@@ -142,7 +143,7 @@ def test_no_counted_label_still_reaches_every_parameter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_accelerates_autocast(dtype):
+def test_under_accelerates_autocast(dtype, monkeypatch):
     """The prepared model's forward is patched: it computes in bf16, and gives fp32 logits."""
     AcceleratorState._reset_state()
     model, reference = tiny_llama(dtype=dtype), tiny_llama(dtype=torch.float64)
@@ -151,13 +152,18 @@ def test_under_accelerates_autocast(dtype):
     AcceleratorState._reset_state()
     batch = collate(samples(), 0)
     exact, exacts = gradients(reference, nll_of_logits, batch)
-    errors = {}
+    errors, on = {}, []
+    fused = head.linear_cross_entropy
+    monkeypatch.setattr(
+        head, "linear_cross_entropy", lambda *a, **k: (on.append(torch.is_autocast_enabled("cpu")), fused(*a, **k))[1]
+    )
     for function in (nll_sum, nll_of_logits):
         loss, found = gradients(prepared, function, batch)
         assert loss.dtype == torch.float32
         errors[function] = [
             float((g.double() - w).norm() / w.norm()) for g, w in [(loss, exact), *((found[n], exacts[n]) for n in exacts)]
         ]  # fmt: skip
+    assert on == [True]  # the model's forward is over by then, and its autocast with it
     assert told(prepared).startswith("cross-entropy")
     ours, torchs = (torch.tensor(errors[f]) for f in (nll_sum, nll_of_logits))
     assert ours.square().mean() <= 1.1 * torchs.square().mean() + 1e-6
