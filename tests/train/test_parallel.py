@@ -14,10 +14,17 @@ from tests.train.test_run import call, place  # noqa: F401 - the fixture
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "adapt", ["{method: lora, r: 2}", "{method: adalora, init_r: 4, target_r: 2, orth_reg_weight: 5.0}"]
+    ("adapt", "how"),
+    [
+        ("{method: lora, r: 2}", []),
+        ("{method: lora, r: 2}", ["run.tokens=70"]),
+        ("{method: lora, r: 2}", ["run.pack=false", "run.tokens=70"]),
+        ("{method: adalora, init_r: 4, target_r: 2, orth_reg_weight: 5.0}", []),
+    ],
+    ids=["packed", "to a budget", "padded to a budget", "with a penalty"],
 )
-def test_two_processes_train_what_one_does(place, tmp_path, capsys, adapt):  # noqa: F811
-    options = [f"adapt=[{adapt}]", "optim.batch=3", "optim.steps=7", "eval.every=3", "eval.best=true"]
+def test_two_processes_train_what_one_does(place, tmp_path, capsys, adapt, how):  # noqa: F811
+    options = [*how, f"adapt=[{adapt}]", "optim.batch=3", "optim.steps=7", "eval.every=3", "eval.best=true"]
     launch = [
         sys.executable,
         "-m",
