@@ -56,7 +56,7 @@ def table(rows: Sequence[tuple[dict[str, Any], Row]]) -> str:
 
 def cells(result: dict[str, Any], row: Row) -> list[str]:
     """One row, as it is printed."""
-    sides = [name for name in row.of.split(" / ") if name in row.medians]
+    sides = [name for name in row.of.split(" / ") if name in row.medians] or list(row.medians)
     medians = ", ".join(f"{name} {row.medians[name]:.4g}" for name in sides)
     apart = ", ".join(f"{check.name} {check.error:.0e}{'' if check.passed else ' (too far)'}" for check in row.checks)
     ratio = str(row.ratio) + (f" ({row.note})" if row.note else "")
