@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.memory import give_back
 from deltalab.core.shapes import Float
 from deltalab.deltas.adapt import planned, start
 from deltalab.deltas.attach import attach, detach
@@ -51,10 +52,12 @@ def quantise(
         require_left(about, plan)
         start(model, plan, fresh=Start(seed, calibration, about))
     deltas, told = attached(model), set(about.told)
-    for path in there:
+    for path in list(there):
         if path in deltas:
             detach(there[path])
         model.set_submodule(path, about.pop(path))
+        del there[path]  # nothing else holds the weight that was loaded
+        give_back()
         if path in deltas:
             attach(place(model, path), deltas[path])
         if path in told:

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deltalab.core.errors import UserError
+from deltalab.core.memory import give_back
 from deltalab.deltas.adapt import planned
 from deltalab.deltas.base import shape_of, weight_of
 from deltalab.deltas.quantise import require_finite, require_fit, require_left
@@ -169,6 +170,7 @@ class Quantise(Operation):
             require_finite(path, W)
             W = W.mT if isinstance(linear, Conv1D) else W
             made[path] = quantiser.linear(W, linear.bias, W.dtype)  # type: ignore[arg-type]
+            give_back()
         return made
 
 
