@@ -224,14 +224,15 @@ class _Sums:
     def _tiles(self, total: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a matrix, some at a time, and a buffer of their shape."""
         out, in_ = total.shape
-        most = max(1, TILE // in_) if total.device.type == "cpu" else out
+        parts = max(1, -(-out * in_ // TILE)) if total.device.type == "cpu" else 1
+        most = -(-out // parts)
         if (
             self.buffer is None
             or self.buffer.dtype != dtype
             or self.buffer.device != total.device
-            or len(self.buffer) < min(out, most) * in_
+            or len(self.buffer) < most * in_
         ):
-            self.buffer = total.new_empty(min(out, most) * in_, dtype=dtype)
+            self.buffer = total.new_empty(most * in_, dtype=dtype)
         for start in range(0, out, most):
             rows = slice(start, min(start + most, out))
             yield rows, self.buffer[: (rows.stop - start) * in_].view(-1, in_)
