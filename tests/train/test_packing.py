@@ -80,7 +80,7 @@ def test_checkpointing_of_layers(name, reentrant):
 def test_a_planted_leak_changes_the_step():
     model = trained("llama")
     want = step_of(model, [collate(samples(), 0)])
-    row = pack(samples())
+    row = {name: value for name, value in pack(samples()).items() if "cu_seq" not in name}  # ours would hold to these
     leaking = step_of(model, [{**row, "attention_mask": torch.ones_like(row["input_ids"])}])
     assert abs(leaking[0] - want[0]) > 1e-3 * want[0]
     unmasked = step_of(model, [{**row, "labels": row["input_ids"].clone()}])

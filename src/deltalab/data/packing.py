@@ -46,6 +46,11 @@ def pack(samples: Sequence[Encoded]) -> Batch:
     }
 
 
+def placed(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 class PackedCollator:
     """Packs what `transformers.Trainer` gives a collator: rows with `input_ids`, and `labels` if not all tokens count.
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.data.chat import IGNORED, Encoded
-from deltalab.data.collate import collate, epoch_order
-from deltalab.data.packing import Batch, pack
+from deltalab.data.collate import epoch_order
+from deltalab.data.packing import Batch
 from deltalab.deltas import schedule
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import load_trained_state, trained_state
@@ -211,20 +211,11 @@ class Loop:
         self.state.step += 1
         tokens = sum(self.lengths[i] for i in samples)
         shown.step(self.state.step, value, tokens)
-        row = {
-            "step": self.state.step,
-            "loss": value,
-            "lr": rate,
-            "grad_norm": norm_value,
-            "tokens": tokens,
-            "counted": total,
-        }
-        self._note("train", row)
+        row = {"loss": value, "lr": rate, "grad_norm": norm_value, "tokens": tokens, "counted": total}
+        self._note("train", {"step": self.state.step, **row})
         seconds = time.monotonic() - began
-        self._note(
-            "speed",
-            {"step": self.state.step, "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)},
-        )
+        speed = {"seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)}
+        self._note("speed", {"step": self.state.step, **speed})
 
     def _measure(self, shown: Progress) -> None:
         """Evaluation and probes that are due, without a trace in the generators."""
@@ -274,9 +265,7 @@ class Loop:
         if not samples:
             ids = self.data[0].input_ids
             samples = [Encoded(ids, [IGNORED] * len(ids))]
-        batch = pack(samples) if self.packing.packed else collate(samples, self.pad_id)
-        device = self.accelerator.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return self.packing.batch(samples, self.pad_id, self.accelerator.device)
 
     def _note(self, name: str, row: dict[str, Any]) -> None:
         if self.on_main:

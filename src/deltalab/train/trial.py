@@ -9,7 +9,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Float
 from deltalab.data.chat import Encoded
-from deltalab.data.packing import Pieces, cut, pack
+from deltalab.data.collate import collate
+from deltalab.data.packing import Batch, Pieces, cut, pack, placed
 from deltalab.deltas.measures import gathered
 from deltalab.deltas.weights import is_adapted
 from deltalab.train import rng
@@ -53,6 +53,10 @@ class Packing:
         """The pieces of each process, see `deltalab.data.packing.cut`; attention of an evaluation masks its rows."""
         row = self.row if training or not self.packed else self.row or ROW
         return cut(lengths, packed=self.packed, budget=row, pieces=pieces, processes=processes)
+
+    def batch(self, samples: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
+        """The arguments of the forward pass of a piece, and its labels, on a device."""
+        return placed(pack(samples) if self.packed else collate(samples, pad_id), device)
 
 
 def choose_packing(run: RunSpec, model: nn.Module, samples: Sequence[Encoded]) -> Packing:
@@ -125,10 +129,8 @@ def _alone(model: nn.Module, sample: Encoded) -> Float[Tensor, "tokens vocab"]:
     return _logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
-def _logits(model: nn.Module, batch: dict[str, Any]) -> Float[Tensor, "tokens vocab"]:
-    device = next(model.parameters()).device
-    placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return model(**placed, use_cache=False).logits[0].detach()
+def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "tokens vocab"]:
+    return model(**placed(batch, next(model.parameters()).device), use_cache=False).logits[0].detach()
 
 
 def _error(got: Float[Tensor, "tokens vocab"], want: Float[Tensor, "tokens vocab"], fine: bool) -> float:
