@@ -1,6 +1,6 @@
 """A training step on a GPU beside peft: LoRA, QLoRA and DoRA on random weights of Llama-3.2-1B's and Llama-3.1-8B's shapes.
 
-    .venv/bin/python -m benchmarks.gpu                     # every row; some minutes and 60 GiB of device memory for 8B
+    .venv/bin/python -m benchmarks gpu --threads 1         # every row, to the results; some minutes and 60 GiB of device memory for 8B
     .venv/bin/python -m benchmarks.gpu --models 1B --methods lora dora --json gpu.json
     .venv/bin/python -m benchmarks.gpu --tiny              # every line on the CPU, at shapes whose figures mean nothing
 
@@ -20,7 +20,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ import transformers
 from torch import Tensor, nn
 
 import deltalab as dl
+from benchmarks import harness
 from deltalab.quant import nf4
 from deltalab.quant.nf4_linear import NF4Linear
 from deltalab.train.loss import nll_sum
@@ -233,6 +234,47 @@ def machine(setting: Setting) -> dict[str, str]:
             found[name] = "none"
     cuda = setting.device.type == "cuda"
     return {"device": torch.cuda.get_device_name() if cuda else "cpu", "cuda": str(torch.version.cuda), **found}
+
+
+def rows(asked: harness.Asked) -> Iterator[harness.Row]:
+    """Time and peak memory of each side against peft's and the compiled peft's; nothing without a CUDA device."""
+    if not torch.cuda.is_available():
+        print(f"  torch {torch.__version__} sees no CUDA device: nothing is measured")
+        return
+    steps = asked.turns(10)
+    for shape in ("1B",) if asked.quick else ("1B", "8B"):
+        for method in METHODS:
+            if not asked.wants(method, shape):
+                continue
+            setting = Setting(torch.device("cuda"), torch.bfloat16, 4, 1024, steps, 5, "inductor")
+            torch.compiler.reset()
+            found = {side: measured(side, method, shape, setting) for side in SIDES}
+            gc.collect()
+            for side in (side for side in SIDES if side.startswith("deltalab")):
+                for other in ("peft", "peft, compiled"):
+                    yield from against(
+                        found[side], found[other], f"{method}, Llama shape {shape}, bf16, 4 × 1024 tokens"
+                    )
+
+
+def against(mine: Row, other: Row, setting: str) -> Iterator[harness.Row]:
+    """Two sides as rows of the results; none where one of them could not run, which is said."""
+    if mine.failed or other.failed:
+        print(f"  {setting}: {mine.side}: {mine.failed or 'ran'}; {other.side}: {other.failed or 'ran'}")
+        return
+    checks = [
+        harness.Check("loss", abs((mine.loss or 0) - (other.loss or 0)) / abs(other.loss or 1), 2e-3),
+        harness.Check(
+            "gradient's norm", abs((mine.gradient or 0) - (other.gradient or 0)) / abs(other.gradient or 1), 5e-2
+        ),
+    ]
+    for what, unit, direction, values in (
+        ("GPU step, tokens a second", "tokens/s", harness.LEAST, (mine.tokens_per_second, other.tokens_per_second)),
+        ("GPU step, peak memory with the model", "GiB", harness.MOST, (mine.peak_gib, other.peak_gib)),
+    ):
+        medians = {mine.side: values[0] or 0.0, other.side: values[1] or 0.0}
+        yield harness.Row(what, setting, f"{mine.side} / {other.side}", harness.exactly(*medians.values()), medians, unit,
+                          direction=direction, checks=checks)  # type: ignore[arg-type]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
