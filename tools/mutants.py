@@ -215,7 +215,7 @@ MUTANTS = [
         "tests/safety/test_nulls.py",
     ),
     mutant(
-        "merged weight without its scale", "deltas/lora.py", "return self.kept(self.s * change)", "return self.kept(change)",
+        "merged weight without its scale", "deltas/lora.py", "return self.kept(change.mul_(self.s))", "return self.kept(change)",
         "tests/deltas/test_lora.py", "tests/conformance",
     ),
     mutant(

@@ -156,7 +156,8 @@ def mlp_parts(module: nn.Module, names: tuple[str, ...], form: Form) -> Parts | 
     before, training = [d.enabled for d in deltas], module.training
     maps = [_plain_map(module._modules[name]) for name in names]
     W = weight_of(cast(nn.Module, module._modules[names[0]]))
-    x = _probe((1, 3, W.shape[1]), W)
+    # of a quantised MLP in the dtype of its biases: bitsandbytes casts them, for good, to that of what they are given
+    x = _probe((1, 3, W.shape[1]), next((p for p in module.parameters() if p.dtype.is_floating_point), W))
     try:
         for delta in deltas:
             delta.enabled = False

@@ -16,8 +16,8 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.deltas import methods
 from deltalab.deltas.masks import Train
 from deltalab.deltas.peft_own import own_keys, saved_names
-from deltalab.deltas.select import endings, layer_numbers, leaf, model_name, refuse_tied, select
-from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, base_parameters, places
+from deltalab.deltas.select import layer_numbers, leaf, model_name, refuse_tied, select
+from deltalab.deltas.sites import SUBLAYERS, Place, base_modules, base_parameters, endings, places
 from deltalab.deltas.spec import DeltaSpec
 from deltalab.deltas.weights import Group, Planned
 

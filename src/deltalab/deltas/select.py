@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltalab.core.errors import UserError, nearest
-from deltalab.deltas.sites import Place, base_modules, linears, places, stacked_parameters
+from deltalab.deltas.sites import Place, base_modules, endings, linears, places, stacked_parameters
 
 PRESETS = ("q,v", "k,v,down", "attention", "mlp", "all-linear")
 QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
@@ -186,17 +186,6 @@ def pattern_matches(pattern: str, name: str) -> bool:
         except re.error as error:
             raise UserError(f"'{pattern}' is no regular expression.", found=str(error)) from None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
-
-
-def endings(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Every end of these paths, from a whole part on -> the paths that end so."""
-    found: dict[str, list[str]] = {}
-    for path in paths:
-        end, dot = path, "."
-        while dot:
-            found.setdefault(end, []).append(path)
-            _, dot, end = end.partition(".")
-    return found
 
 
 def meant(pattern: str, paths: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ A linear and an embedding go by the path of their module, experts by the path of
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -247,6 +247,17 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def endings(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Every end of these paths, from a whole part on -> the paths that end so."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        end, dot = path, "."
+        while dot:
+            found.setdefault(end, []).append(path)
+            _, dot, end = end.partition(".")
+    return found
 
 
 def looked_at(W: Tensor, method: str) -> Tensor:
