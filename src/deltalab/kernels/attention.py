@@ -77,7 +77,7 @@ def _users(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
 
     found: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config = module.__dict__.get("config")
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), (config, []))[1].append(module)
     yield from found.values()
