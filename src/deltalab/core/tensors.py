@@ -38,7 +38,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     with open(path, "wb", buffering=1 << 20) as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            handle.write(tensors[key].detach().flatten().view(torch.uint8).numpy().data)
+            tensor = tensors[key].detach()
+            in_numpy = tensor.dtype is not torch.bfloat16 and tensor.ndim
+            handle.write((tensor if in_numpy else tensor.flatten().view(torch.uint8)).numpy().data)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def kaiming(A: Tensor, generator: torch.Generator) -> None:
     """A (..., r, in) uniform on ±1/√in: Kaiming's with a = √5. Drawn on the CPU: the same on every device."""
     A = A.detach()
     own = A if A.device.type == "cpu" and A.is_contiguous() else torch.empty(A.shape, dtype=A.dtype)
-    own.uniform_(generator=generator).mul_(2).sub_(1).div_(math.sqrt(A.shape[-1]))
+    own.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[-1]))
     if own is not A:
         A.copy_(own)
 

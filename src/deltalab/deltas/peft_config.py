@@ -117,11 +117,12 @@ def peft_targets(model: nn.Module, config: dict[str, Any], method: type[DeltaSpe
         output = getattr(model, "get_output_embeddings", lambda: None)()
         wanted = [p for p in there if places_[p].kind == "linear" and places_[p].module is not output]
     elif not isinstance(wanted, str):
-        ends = endings(there)
+        leaves = {leaf(path) for path in there}
+        ends = leaves if leaves.issuperset(wanted) else endings(there)
         for name in sorted(wanted):
             if name not in ends:
                 raise UserError(f"the adapter's target '{name}' matches no linear of {model_name(model)}.",
-                                nearest=nearest(leaf(name), {leaf(p) for p in there}), next="load it on the model that it was trained on")  # fmt: skip
+                                nearest=nearest(leaf(name), leaves), next="load it on the model that it was trained on")  # fmt: skip
     layers = config.get("layers_to_transform")
     if layers not in (None, []):
         layer_numbers(model, [layers] if isinstance(layers, int) else layers)  # refuses those that are not there
@@ -207,6 +208,8 @@ def _meaning(names: str | Iterable[str]) -> Callable[[str], bool]:
     if isinstance(names, str):
         return functools.partial(_regex, names)
     ends = frozenset(names)
+    if not any("." in name for name in ends):  # mostly they are last parts
+        return lambda path: leaf(path) in ends
 
     def meant(path: str) -> bool:
         dot = "."
