@@ -109,7 +109,7 @@ def in_general(model: transformers.PreTrainedModel, folders: dict[str, Path]) ->
 
 
 def target(case: str, above: str, below: str) -> float | None:
-    if case != MANY or above == "ours, general":
+    if case != MANY or "adapters" in above + below or "general" in above + below:
         return None
     if below == "base":
         return None if above == "peft" else 1.6

@@ -209,7 +209,7 @@ class _Part:
 
     def _stack(self, group: Group, like: Tensor) -> Pair:
         def made() -> Pair:
-            return group.stack([cast(Low, self.there[i]) for i in group.members], like)
+            return group.stack([self.there[i] for i in group.members], like)  # type: ignore[misc]
 
         if len(group.members) == 1:
             return made()  # for the most part not copied

@@ -104,8 +104,13 @@ class Group:
             )
 
     def stack(self, lows: list[Low], like: Tensor) -> Pair:
-        """The members' A and B, filled with zeros up to r."""
-        A, B = (_stacked(sides, self.r) for sides in ([low.A for low in lows], [low.B for low in lows]))
+        """The members' A and B, filled with zeros up to r; a single one is not copied unless it has to be converted."""
+        sides, ranks = ([low.A for low in lows], [low.B for low in lows]), [low.r for low in lows]
+        if len(lows) == 1:
+            A, B = (side.unsqueeze(0) for (side,) in sides)
+        else:
+            full = min(ranks) == self.r
+            A, B = (torch.cat(s if full else _filled(s, ranks, self.r)).view(len(lows), self.r, -1) for s in sides)
         return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
 
     def _where_in(self, x: Tensor, spread: int) -> Where:
@@ -161,13 +166,11 @@ def _where(rows: list[list[int]], spread: int, x: Tensor) -> Where:
     return Where(spread_rows(padded, spread, x.device), None if len(real) == len(padded) else found, places, back)
 
 
-def _stacked(sides: list[Tensor], r: int) -> Float[Tensor, "adapters r n"]:
-    """Each with rows of zeros up to r; a single one is not copied."""
-    if len(sides) == 1:
-        return sides[0].unsqueeze(0)
-    filled = []
-    for side in sides:
-        filled.append(side)
-        if len(side) < r:
-            filled.append(side.new_zeros(r - len(side), side.shape[1]))
-    return torch.cat(filled).view(len(sides), r, -1)
+def _filled(sides: list[Tensor], ranks: list[int], r: int) -> list[Tensor]:
+    """Each followed by rows of zeros up to r."""
+    parts = []
+    for side, rank in zip(sides, ranks, strict=True):
+        parts.append(side)
+        if rank < r:
+            parts.append(side.new_zeros(r - rank, side.shape[1]))
+    return parts
