@@ -17,6 +17,7 @@ from deltalab.data.packing import PackedCollator, cut, pack
 from deltalab.deltas.adapt import is_adapted
 from deltalab.deltas.measures import measures
 from deltalab.deltas.peft_format import trained_state
+from deltalab.deltas.switch import set_kernels
 from deltalab.models import precision
 from deltalab.train import EvalSpec, LoopSpec, OptimSpec, RunSpec, run_spec, train
 from deltalab.train.checkpoint import Checkpoints
@@ -64,6 +65,17 @@ def test_a_packed_step_is_the_padded_one(name, dtype, bound):
     for pieces in ([some], [some[:2], some[2:]]):
         for got, expected in zip(step_of(model, [pack(piece) for piece in pieces]), want, strict=True):
             assert_close_by_norm(got, expected, bound)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", PREFIX])
+def test_so_it_is_without_kernels(name, attention):
+    model = trained(name, torch.float64)
+    want = step_of(model, [collate(samples(), 0)])
+    set_kernels(model, "plain")
+    model.set_attn_implementation(attention)
+    for got, expected in zip(step_of(model, [pack(samples())]), want, strict=True):
+        assert_close_by_norm(got, expected, 1e-6)  # norms round to fp32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -335,11 +347,11 @@ def test_the_collator_in_transformers_trainer(tmp_path):
 
 def test_null_limits_rows_only_where_attention_masks_them(monkeypatch):
     model = tiny_llama()
-    assert choose_packing(RunSpec(), model, SAMPLES).row == 2048
+    assert choose_packing(RunSpec(), model, SAMPLES).row == 512
     assert choose_packing(RunSpec(tokens=50), model, SAMPLES).row == 50
     monkeypatch.setattr("deltalab.train.trial.why_not_packed", lambda *_: "")
     model.config._attn_implementation = "flash_attention_2"
     by_segments = choose_packing(RunSpec(), model, SAMPLES)
     assert by_segments.row is None
-    assert len(by_segments.cut([1000] * 6, 1)[0]) == 1
-    assert len(by_segments.cut([1000] * 6, 1, training=False)[0]) == 3
+    assert len(by_segments.cut([250] * 6, 1)[0]) == 1
+    assert len(by_segments.cut([250] * 6, 1, training=False)[0]) == 3

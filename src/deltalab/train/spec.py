@@ -53,7 +53,7 @@ class RunSpec(Spec):
     dtype: of the computation; in bfloat16 what is trained stays in float32. resume: go on from the last checkpoint.
     pack: samples go through the model one behind the other, without padding; null where a trial finds that the model
     supports it. tokens: of a forward pass at most, padding included: a step is cut into pieces that fit, and a longer
-    sample goes alone; null for no limit but where attention masks a packed row, 2048. checkpointing: layers are computed
+    sample goes alone; null for no limit but where attention masks a packed row. checkpointing: layers are computed
     again in the backward, for less memory. offload: what the backward needs waits in CPU memory; on CUDA alone. None of
     these four changes the result. kernels: auto or plain, see `deltalab.adapt`; null for what the model was adapted with,
     auto in a run from a spec.

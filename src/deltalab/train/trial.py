@@ -34,24 +34,27 @@ SHARE = 0.25
 
 MASKED = ("sdpa", "eager", None)
 """Implementations of attention that mask a packed row, and so pay for its square, in place of going sample by sample."""
-ROW = 2048
-"""Tokens of such a row where `run.tokens` says nothing."""
+ROW, ROW_ON_CPU = 2048, 512
+"""Tokens of such a row where `run.tokens` says nothing: more cost more than padding does, fewer leave a GPU idle."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Whether a run packs, and why: what was asked for, or what the trial found. row: tokens of a row at most, or None."""
+    """Whether a run packs, and why: what was asked for, or what the trial found. row: tokens of a row at most, or None for
+    no limit; masked: in evaluation, where attention masks a packed row.
+    """
 
     packed: bool
     why: str
     row: int | None = None
+    masked: int | None = None
 
     def __str__(self) -> str:
         return f"{'packed' if self.packed else 'padded, near lengths together'}: {self.why}"
 
     def cut(self, lengths: Sequence[int], pieces: int, processes: int = 1, training: bool = True) -> list[Pieces]:
-        """The pieces of each process, see `deltalab.data.packing.cut`; attention of an evaluation masks its rows."""
-        row = self.row if training or not self.packed else self.row or ROW
+        """The pieces of each process, see `deltalab.data.packing.cut`."""
+        row = self.row if training else self.row or self.masked
         return cut(lengths, packed=self.packed, budget=row, pieces=pieces, processes=processes)
 
     def batch(self, samples: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
@@ -72,8 +75,9 @@ def choose_packing(run: RunSpec, model: nn.Module, samples: Sequence[Encoded]) -
     if why:
         return Packing(False, why, run.tokens)
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    row = run.tokens or (ROW if name in MASKED else None)
-    return Packing(True, "each sample's logits are those alone", row)
+    masked = ROW_ON_CPU if next(model.parameters()).device.type == "cpu" else ROW
+    row = run.tokens or (masked if name in MASKED else None)
+    return Packing(True, "each sample's logits are those alone", row, masked)
 
 
 def require_packing(model: nn.Module, samples: Sequence[Encoded] = ()) -> None:
