@@ -108,7 +108,7 @@ class Side:
         trained = {place(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         found = {name: p.grad.detach().clone() for name, p in trained.items() if p.grad is not None}
         self.model.zero_grad()
-        return float(loss), found
+        return float(loss.detach()), found
 
 
 def place(name: str) -> str:
