@@ -64,7 +64,7 @@ class Case:
         parts += [f"r {self.r}"] if self.r != 8 else []
         parts += [f"{self.layers} layers"] if self.layers != 4 else []
         parts += [f"{self.sequences} × {self.tokens} tokens", f"vocabulary {self.vocabulary}"]
-        parts += [f"{self.masked:.0%} of labels masked"] if self.masked else []
+        parts += [f"{100 * self.masked:.0f} % of labels masked"] if self.masked else []
         return ", ".join(parts)
 
 
