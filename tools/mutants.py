@@ -255,8 +255,9 @@ MUTANTS = [
         "tests/studies/test_conclusions.py",
     ),
     mutant(
-        "a bank's padded rows counted in", "deltas/bank.py", "change if stack.real is None else change[stack.real]",
-        "change[: len(stack.to)]", "tests/models/test_bank.py",
+        "a bank's padded rows counted in", "deltas/stacks.py",
+        "change if where.real is None else change.index_select(0, where.real)", "change[: len(where.to)]",
+        "tests/models/test_bank.py",
     ),
     Mutant(
         "a bank's rows are every thread's",
