@@ -76,7 +76,7 @@ def steps(shape: tuple[int, int], dtype: torch.dtype, tokens: int = TOKENS) -> S
 
 
 def decoding(shape: tuple[int, int], dtype: torch.dtype) -> Sides:
-    """The forward of one token; bitsandbytes' kernel for it computes in bf16, whatever the dtype."""
+    """The forward of one token, without a gradient; bitsandbytes' kernel for it computes in bf16, whatever the dtype."""
     out, in_ = shape
     dense = nn.Linear(in_, out, bias=False, dtype=dtype).requires_grad_(False)
     four = bnb.nn.Linear4bit(in_, out, bias=False, quant_type="nf4", compute_dtype=dtype)
@@ -84,10 +84,10 @@ def decoding(shape: tuple[int, int], dtype: torch.dtype) -> Sides:
     own, theirs = NF4Linear(nf4.quantise(dense.weight), None, dtype), four.to("cpu").eval()
     x = torch.randn(1, in_, dtype=dtype)
     return {
-        "deltalab": lambda: own(x),
-        "torch alone": alone(lambda: own(x)),
-        "bitsandbytes": lambda: theirs(x),
-        "a dense linear": lambda: dense(x),
+        "deltalab": torch.no_grad()(lambda: own(x)),
+        "torch alone": torch.no_grad()(alone(lambda: own(x))),
+        "bitsandbytes": torch.no_grad()(lambda: theirs(x)),
+        "a dense linear": torch.no_grad()(lambda: dense(x)),
     }
 
 
