@@ -6,6 +6,7 @@ kernel. What a pass then really does depends on what is there at that time, see 
 what ran.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from deltalab.deltas.attach import Adapted, AdaptedSublayer
 from deltalab.deltas.base import LINEARS, weight_of
@@ -149,26 +151,48 @@ def _mlp_names(module: nn.Module) -> tuple[tuple[str, ...], Form] | None:
 def mlp_parts(module: nn.Module, names: tuple[str, ...], form: Form) -> Parts | None:
     """How an MLP is made of its linears and an activation that the kernel has; None if it computes something else."""
     act = activation(module, names)
-    children = [m for m in module.modules() if m is not module]
-    if act is None or any(watched(m) for m in children):
+    if act is None or any(watched(m) for m in module.modules() if m is not module):
         return None
-    deltas = [m.delta for m in children if isinstance(m, Adapted)]
-    before, training = [d.enabled for d in deltas], module.training
-    maps = [_plain_map(module._modules[name]) for name in names]
-    W = weight_of(cast(nn.Module, module._modules[names[0]]))
     # of a quantised MLP in the dtype of its biases: bitsandbytes casts them, for good, to that of what they are given
-    x = _probe((1, 3, W.shape[1]), next((p for p in module.parameters() if p.dtype.is_floating_point), W))
+    floats = [p for p in module.parameters() if p.dtype.is_floating_point]
+    like: Tensor = floats[0] if floats else weight_of(cast(nn.Module, module._modules[names[0]]))
+    asked = _small(module, names, form, like) if all(_usual(module._modules[name]) for name in names) else module
+    deltas = [m.delta for m in asked.modules() if isinstance(m, Adapted)]
+    before, training = [d.enabled for d in deltas], module.training
+    maps = [_plain_map(asked._modules[name]) for name in names]
+    x = _probe((1, 3, maps[0].weight(like.dtype).shape[1]), like)
     try:
         for delta in deltas:
             delta.enabled = False
-        module.eval()
-        got = _tried(module, x)
+        asked.eval()
+        got = _tried(asked, x)
     finally:
         module.train(training)
         for delta, was in zip(deltas, before, strict=True):
             delta.enabled = was
     fits = _alike(got, plain_mlp(x, maps[:-1], maps[-1], act, form))
     return Parts(names[:-1], names[-1], act, form) if fits else None
+
+
+def _usual(linear: Any) -> bool:
+    """Whether a linear, what is on it aside, computes W x + b and no more."""
+    return getattr(type(linear), "adapts", type(linear)) in (nn.Linear, Conv1D)
+
+
+def _small(module: nn.Module, names: tuple[str, ...], form: Form, like: Tensor) -> nn.Module:
+    """The MLP with linears of a few rows and columns in place of its own: its arithmetic shows in them as well, and sooner."""
+    small = copy.copy(module)
+    small.__dict__["_modules"] = dict(module._modules)
+    width, inner = 8, 12
+    for i, name in enumerate(names):
+        last = i == len(names) - 1
+        shape = (width, inner) if last else (2 * inner if form == "halves" else inner, width)
+        own: Any = module._modules[name]
+        linear: Any = nn.Linear(shape[1], shape[0], device="meta")
+        linear.weight = nn.Parameter(0.3 * _probe(shape, like) * (1 + i))  # no two alike
+        linear.bias = None if own._parameters.get("bias") is None else nn.Parameter(_probe(shape[:1], like))
+        small._modules[name] = linear
+    return small
 
 
 def activation(module: nn.Module, names: tuple[str, ...]) -> str | None:
