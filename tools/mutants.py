@@ -35,6 +35,150 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "dropped entries pass a gradient", "kernels/linear.py",
+        "dx.add_(dropped.zero_(d_low.mT @ A))",
+        "dx.add_(d_low.mT @ A)",
+        "tests/kernels/test_maps.py",
+    ),
+    mutant(
+        "what is kept of a dropped input is not scaled", "kernels/linear.py",
+        "Dropped(kept.dropped), low.s / (1 - low.p)",
+        "Dropped(kept.dropped), low.s",
+        "tests/kernels/test_maps.py",
+    ),
+    mutant(
+        "a stretch without its part in the gradient", "kernels/linear.py",
+        "dy = torch.addcmul(dy, dy, (low.stretch - 1).to(dy.dtype))",
+        "pass",
+        "tests/kernels/test_maps.py",
+    ),
+    mutant(
+        "a norm's gradient keeps what lies along its output", "kernels/norm.py",
+        "dx = torch.addcmul(grad, straight, along, value=-1)",
+        "dx = grad.clone()",
+        "tests/kernels/test_maps.py",
+    ),
+    mutant(
+        "gaps one too long", "kernels/dropout.py",
+        ".cumsum(0).sub_(1)",
+        ".cumsum(0)",
+        "tests/kernels/test_maps.py",
+    ),
+    mutant(
+        "an input made again though it was changed", "deltas/fused.py",
+        "found[0] if found is not None and found[1] == x._version else None",
+        "found[0] if found is not None else None",
+        "tests/deltas/test_fuse.py",
+    ),
+    mutant(
+        "hooks inside an MLP passed by", "deltas/fused.py",
+        "any(watched(m) or (isinstance(m, nn.Dropout) and m.p) for m in self.children())",
+        "any(isinstance(m, nn.Dropout) and m.p for m in self.children())",
+        "tests/deltas/test_fuse.py",
+    ),
+    mutant(
+        "kernels run on a disabled model", "deltas/fuse.py",
+        "switch.on = on",
+        "pass",
+        "tests/deltas/test_fuse.py",
+    ),
+    mutant(
+        "positions off by one in the fused loss", "train/head.py",
+        "F.pad(labels[:, 1:], (0, 1), value=IGNORED)",
+        "F.pad(labels[:, :-1], (1, 0), value=IGNORED)",
+        "tests/train/test_loss.py",
+    ),
+    mutant(
+        "the scale of logits forgotten", "train/head.py",
+        "softcap=cap, scale=scale",
+        "softcap=cap",
+        "tests/train/test_loss.py",
+    ),
+    mutant(
+        "hooks on the head passed by", "train/head.py",
+        "for module in (model, below, *route.above) for hooks",
+        "for module in (model, below) for hooks",
+        "tests/train/test_loss_routes.py",
+    ),
+    mutant(
+        "the formula of the logits not confirmed", "train/head.py",
+        "if least <= max(2 * rounding, 1e-5) else None",
+        "if True else None",
+        "tests/train/test_loss_routes.py",
+    ),
+    mutant(
+        "the loss outside of autocast", "train/head.py",
+        "with self.autocast:",
+        "if True:",
+        "tests/train/test_loss_routes.py",
+    ),
+    mutant(
+        "kernels='plain' not heard by the loss", "train/head.py",
+        "adaptation(below).kernels == \"plain\"",
+        "False",
+        "tests/train/test_loss_routes.py",
+    ),
+    mutant(
+        "a soft cap without its slope", "kernels/cross_entropy.py",
+        "p *= 1 - bent.square()",
+        "pass",
+        "tests/kernels/test_cross_entropy.py",
+    ),
+    mutant(
+        "only the last chunk's gradient of the head", "kernels/cross_entropy.py",
+        "total.addmm_(z.mT, h)",
+        "total.addmm_(z.mT, h, beta=0)",
+        "tests/kernels/test_cross_entropy.py",
+    ),
+    mutant(
+        "rows that count misplaced", "kernels/cross_entropy.py",
+        "index_copy_(0, rows, dh)",
+        "index_copy_(0, torch.arange(len(rows)), dh)",
+        "tests/kernels/test_cross_entropy.py",
+    ),
+    mutant(
+        "a relayed gradient that is the states", "safety/relay.py",
+        "self.gradients[number], self.begun = h.grad.to(\"cpu\"), None",
+        "self.gradients[number], self.begun = h.detach(), None",
+        "tests/safety/test_relay.py",
+    ),
+    mutant(
+        "a relay that is not tried", "safety/relay.py",
+        "if not _near(self.gradients[0], gradient):",
+        "if False:",
+        "tests/safety/test_relay.py",
+    ),
+    mutant(
+        "the last of equal scores taken", "safety/topk.py",
+        "part[level[left:]] = False",
+        "part[level[:left]] = False",
+        "tests/safety/test_topk.py",
+    ),
+    mutant(
+        "-0 below 0 among scores", "safety/topk.py",
+        "bits = (wide + wide.dtype.type(0)).view(integer)",
+        "bits = wide.view(integer)",
+        "tests/safety/test_topk.py",
+    ),
+    mutant(
+        "fused AdamW on transposed parameters", "train/optim.py",
+        " and p.is_contiguous()",
+        "",
+        "tests/train/test_optim.py",
+    ),
+    mutant(
+        "a changed tensor taken for the offloaded one", "train/memory.py",
+        ", tensor._version)",
+        ")",
+        "tests/train/test_memory.py",
+    ),
+    mutant(
+        "parameters are offloaded", "train/memory.py",
+        "storage.data_ptr() in self._stay or ",
+        "",
+        "tests/train/test_memory.py",
+    ),
+    mutant(
         "halves of a byte change places", "quant/groups.py", "torch.stack((packed & 15, packed >> 4), -1)",
         "torch.stack((packed >> 4, packed & 15), -1)", "tests/quant/test_groups.py",
     ),
@@ -152,7 +296,7 @@ MUTANTS = [
     Mutant(
         "absolute value taken after the mean",
         (
-            ("safety/snip.py", "total += gradient.abs_()", "total += gradient"),
+            ("safety/snip.py", "[rows] += buffer.abs_()", "[rows] += buffer"),
             ("safety/snip.py", "total.mul_(magnitude).div_(n)", "total.mul_(magnitude).div_(n).abs_()"),
         ),
         ("tests/safety/test_scores.py",),
@@ -167,7 +311,7 @@ MUTANTS = [
     ),
     mutant(
         "positions of the loss off by one", "train/loss.py", "logits[:, :-1][counted]", "logits[:, 1:][counted]",
-        "tests/train/test_loop.py",
+        "tests/train/test_loss.py",
     ),
     mutant("mask of the delta inverted", "deltas/freeze.py", "keep = ~self._mask(path)", "keep = self._mask(path)", "tests/deltas/test_freeze.py"),
     mutant("mask of the gradient inverted", "deltas/freeze.py", "gradient.masked_fill(mask, 0)", "gradient.masked_fill(~mask, 0)", "tests/deltas/test_freeze_variants.py"),
