@@ -126,6 +126,9 @@ def test_there_are_few_pieces(lengths, budget):
 
 
 def test_packed_rows_are_even():
+    assert [len(row) for row in cut([6, 6, 6], packed=True, budget=9)[0]] == [1, 1, 1], (
+        "18 tokens, but two rows do not fit"
+    )
     ((*rows,),) = cut([50, 40, 30, 20, 20, 20, 10, 10], packed=True, budget=120)
     assert sorted(sum([50, 40, 30, 20, 20, 20, 10, 10][i] for i in row) for row in rows) == [100, 100]
     ((*rows,),) = cut([9, 8, 2, 2, 2, 1], packed=True, pieces=2)

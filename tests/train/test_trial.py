@@ -1,5 +1,7 @@
 """Which models pack is found by trying: a leak is seen whatever makes it, and the trial leaves no trace."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from deltalab.data.chat import encode_all
 from deltalab.deltas.measures import measures
 from deltalab.train.trial import require_packing, why_not_packed
 from tests.data.test_packing import MODELS, other
+from tests.deltas.perturb import perturbed
 from tests.families import DECODER, model_of
 from tests.helpers import byte_tokenizer, tiny_llama
 from tests.train.runs import conversations
@@ -47,11 +50,18 @@ def no_mask(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
 
 
-def deaf(monkeypatch):
+def no_mask_in_training(module, query, key, value, mask, cu_seq_lens_q=None, **options):
+    """One that knows them in evaluation only."""
+    ends = [0, query.shape[2]] if module.training or cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    parts = [[t[:, :, a:b] for t in (query, key, value)] for a, b in itertools.pairwise(ends)]
+    return torch.cat([no_mask(module, *part, mask, **options)[0] for part in parts], 1), None
+
+
+def deaf(monkeypatch, function=no_mask):
     """A llama whose attention ignores positions, registered as users do: transformers makes no mask for it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "no_mask", no_mask)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "no_mask", function)
     model = tiny_llama()
     model.config._attn_implementation = "no_mask"
     return model
@@ -86,6 +96,8 @@ def test_models_that_do_not(make, why):
 
 def test_an_attention_without_a_mask_is_found_out(monkeypatch):
     assert "sample 2 of 3 are off" in why_not_packed(deaf(monkeypatch), SAMPLES)
+    model = perturbed(dl.adapt(deaf(monkeypatch, no_mask_in_training), dl.LoRA(r=2, dropout=0.3, targets="all-linear")))
+    assert why_not_packed(model, SAMPLES).endswith("in training"), "in spite of its dropout"
 
 
 def test_the_trial_leaves_no_trace():
