@@ -6,6 +6,7 @@ import pytest
 import torch
 from benchmarks.growth import Curve
 from benchmarks.sides import Case
+from scipy import stats
 
 from benchmarks import growth, instructions, sides
 from deltalab.data.chat import Encoded
@@ -121,3 +122,10 @@ def test_the_held_out_loss_is_the_mean_over_counted_tokens(rows):
                 total, counted = total - float(logits[i, label].detach()), counted + 1
     assert instructions.held_out_loss(model, data) == pytest.approx(total / counted, rel=1e-5)
     assert counted == sum(sum(label != -100 for label in Encoded(s.input_ids, s.labels).labels[1:]) for s in data)
+
+
+def test_what_seeds_make_between_two_means():
+    """Of two sides it is the half width of the interval of a t test with equal variances."""
+    first, second = [1.0, 1.4, 1.1], [2.0, 1.7, 2.3]
+    interval = stats.ttest_ind(first, second).confidence_interval(0.95)
+    assert instructions.of_seeds([first, second]) == pytest.approx((interval.high - interval.low) / 2)
