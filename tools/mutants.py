@@ -35,6 +35,36 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "a packed sample predicts the next one's first token", "data/packing.py",
+        "    labels[ends[:-1]] = IGNORED\n",
+        "",
+        "tests/train/test_packing.py",
+    ),
+    mutant(
+        "positions run on through a packed row", "data/packing.py",
+        "np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)",
+        "np.arange(ends[-1])",
+        "tests/data/test_packing.py",
+    ),
+    mutant(
+        "even rows past the budget", "data/packing.py",
+        "(even := _even(rest, lengths, wanted, budget))",
+        "(even := _even(rest, lengths, wanted, None))",
+        "tests/data/test_packing.py",
+    ),
+    mutant(
+        "a leak passes for rounding", "train/trial.py",
+        "error <= (ROUNDING if fine else COARSE)",
+        "error <= COARSE",
+        "tests/train/test_trial.py",
+    ),
+    mutant(
+        "the choice of packing is no part of a run", "train/loop.py",
+        "self.identity[\"packing\"] = self.packing.packed",
+        "pass",
+        "tests/train/test_packing.py",
+    ),
+    mutant(
         "dropped entries pass a gradient", "kernels/linear.py",
         "dx.add_(dropped.zero_(d_low.mT @ A))",
         "dx.add_(d_low.mT @ A)",
