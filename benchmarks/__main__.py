@@ -139,6 +139,7 @@ def here(name: str, about: str, asked: argparse.Namespace) -> int:
         print("  no row" + (f" matches {asked.only!r}" if asked.only else ""))
         return 0
     options = " --quick" * asked.quick + (f" --only {shlex.quote(asked.only)}" if asked.only else "")
+    options += f" --rounds {asked.rounds}" if asked.rounds else ""
     command = f".venv/bin/python -m benchmarks {name} --threads {asked.threads}{options}"
     file = results.write(asked.out, name, about, command, found, asked.quick)
     print(f"  wrote {file}")
