@@ -50,7 +50,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four queries and a few heads, so that short sequences take many."""
     monkeypatch.setattr(attention_blocks, "QUERIES", 4)
     monkeypatch.setattr(attention_blocks, "STEP", 400)
-    attention_blocks._below.cache_clear()
+    attention_blocks._later.cache_clear()
 
 
 CASES: dict[str, tuple[int, int, int, int, Sight, list[int] | None]] = {

@@ -158,18 +158,16 @@ def attention(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function under our name for `base`: heads (batch, seq, heads, d), and weights or None."""
-    training = torch.is_grad_enabled() or isinstance(
-        attention_mask, Unmade
-    )  # reentrant checkpointing has no gradients at first
+    # reentrant checkpointing has no gradients at first, but a mask that was left unmade
+    training = torch.is_grad_enabled() or isinstance(attention_mask, Unmade)
     if training and _in_training(module, query, key, value, options):
         given = query, key, value
         dtype = _computing(query)
         seen = _seen(base, module, query, attention_mask, options)
         if seen is not None and all(t.dtype is dtype or t.dtype.itemsize > dtype.itemsize for t in given):
+            scale = options.get("scaling")
             q, k, v = (t.to(dtype) for t in given)
-            y = _attend(
-                q, k, v, q.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"], *seen, options
-            )
+            y = _attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, *seen, options)
             if y is not None:
                 return y, None
     registry, eager = _theirs(_class(module))
@@ -191,11 +189,8 @@ def _in_training(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Ma
 def _computing(q: Tensor) -> torch.dtype:
     """The dtype that torch's sdpa would compute in."""
     device = q.device.type
-    return (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device) and q.dtype is not torch.float64
-        else q.dtype
-    )
+    autocast = torch.is_autocast_enabled(device) and q.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if autocast else q.dtype
 
 
 def _seen(
@@ -207,7 +202,8 @@ def _seen(
         return Sight(True, pattern.window, pattern.keys), mask if pattern.ids is not None else None
     if mask is not None:
         fits = mask.ndim == 4 and mask.shape[0] in (1, len(q)) and mask.shape[1:] == (1, q.shape[2], q.shape[2])
-        return (Sight(False, mask=mask), None) if fits and not mask.requires_grad else None
+        known = mask.dtype is torch.bool or (mask.is_floating_point() and not mask.requires_grad)
+        return (Sight(False, mask=mask), None) if fits and known else None
     asked = options.get("is_causal")
     causal = base == "sdpa" and bool(getattr(module, "is_causal", True) if asked is None else asked)
     ends = options.get("cu_seq_lens_q")

@@ -192,7 +192,8 @@ def _hide_(S: Float[Tensor, "rows kv group queries keys"], at: slice, to: slice,
     """Adds the masks to scores of queries `at` and keys `to`; which queries see nothing, if any does."""
     if sight.causal:
         size = at.stop - at.start
-        S[..., at.start - to.start :].add_(_below(max(size, QUERIES), S.dtype, S.device)[:size, :size])
+        later = _later if size <= QUERIES else _later.__wrapped__  # long ones are not kept
+        S[..., at.start - to.start :].add_(later(max(size, QUERIES), S.dtype, S.device)[:size, :size])
         if sight.window and at.stop - to.start > sight.window:
             late = torch.arange(at.start, at.stop, device=S.device)[:, None] - sight.window
             S.masked_fill_(torch.arange(to.start, to.stop, device=S.device) <= late, -torch.inf)
@@ -217,7 +218,7 @@ def _softmax_(S: Float[Tensor, "n rows keys"], shape: tuple[int, ...], blind: Te
 
 
 @lru_cache(maxsize=8)
-def _below(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size size"]:
+def _later(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size size"]:
     """0 up to the diagonal and −∞ above it."""
     with torch.inference_mode(False):
         return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)
