@@ -7,6 +7,7 @@ import deltalab as dl
 from deltalab.deltas.adapt import attached, param_groups
 from deltalab.deltas.heads import gated
 from deltalab.deltas.measures import gathered
+from deltalab.kernels.attention import NAMES
 from tests.deltas.perturb import perturbed
 from tests.deltas.zero_init import ARCHITECTURES, NARROW, adapted, causal, logits, moved, parts, plain, written_out
 from tests.families import model_of
@@ -115,7 +116,7 @@ def test_prompts_and_gates_train_and_nothing_else():
 def test_softcapped_scores_are_capped_for_the_prompt_too():
     """Gemma 2, whose own attention function is the eager one."""
     model = moved(causal("Gemma2", **NARROW, head_dim=8, attn_logit_softcapping=0.5, query_pre_attn_scalar=2))
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == NAMES["eager"]
     layer = model.model.layers[0].self_attn
     x = torch.randn(1, 4, 32)
     positions = model.model.rotary_emb(x, torch.arange(4)[None])
