@@ -257,6 +257,19 @@ def test_masks_of_four_dimensions(calls: list[str]) -> None:
     assert calls == ["attend"] * 4
 
 
+@pytest.mark.parametrize("where", [slice(3, 5), slice(0, 4)], ids=["within", "at the start"])
+def test_padding_within_a_row_and_at_its_start(where: slice, calls: list[str]) -> None:
+    """At the start there are queries that see nothing."""
+    model = tiny_llama(dtype=torch.bfloat16).train()
+    batch = padded()
+    batch["attention_mask"][0, where] = 0
+    before = with_gradients(model, batch)
+    exact = with_gradients(copy.deepcopy(model).double(), batch)
+    install(model)
+    assert_as_near(with_gradients(model, batch), before, exact, batch)
+    assert calls == ["attend"] * 2
+
+
 def test_padding_on_the_left_and_masks_that_are_looked_at(calls: list[str]) -> None:
     """What is no pattern of ours is a mask; an unmade mask is made for whatever touches it."""
     model = tiny_llama().train()
