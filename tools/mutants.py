@@ -34,6 +34,18 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 
 MUTANTS = [
+    mutant("a bank keeps stacks at once", "deltas/stacks.py", "if key not in self._asked:", "if False:", "tests/models/test_bank_stacks.py"),
+    mutant("a bank's stacks are those of another path", "deltas/bank.py", "kept.get((self.path, group.key,", "kept.get((group.key,", "tests/models/test_bank_stacks.py"),
+    mutant("stacks of a removed adapter stay", "models/bank.py", "for them in [them for them in self._sets if gone in them]:", "for them in []:", "tests/models/test_bank_stacks.py"),
+    mutant("rows of a bank go back in another order", "deltas/stacks.py", "y += change.index_select(0, where.back)", "y += change", "tests/models/test_bank_stacks.py"),
+    mutant("strips where a gradient is asked for", "quant/strips.py", "not torch.is_grad_enabled() and x.device", "x.device", "tests/quant/test_strips.py"),
+    mutant("every strip gets the first rows' bias", "quant/strips.py", "bias[done : done + len(W)]", "bias[: len(W)]", "tests/quant/test_strips.py"),
+    mutant("the middle of codes not given back", "quant/groups.py", "F.linear(sums, low + middle * scales)", "F.linear(sums, low)", "tests/quant/test_strips.py"),
+    mutant("a prompt's keys outlive an edit in place", "deltas/prompt_keys.py", "return id(tensor), tensor._version, storage,", "return id(tensor), storage,", "tests/deltas/test_prompt_keys.py"),
+    mutant("a prompt's keys outlive another tensor's memory", "deltas/prompt_keys.py", "tensor._version, storage, tensor.storage_offset()", "tensor._version, tensor.storage_offset()", "tests/deltas/test_prompt_keys.py"),
+    mutant("a prompt's keys are kept in training", "deltas/prompt_keys.py", "None if torch.is_grad_enabled() else _parts(attention, prompt)", "_parts(attention, prompt)", "tests/deltas/test_prompt_keys.py"),
+    mutant("a prompt's keys outlive a hook", "deltas/prompt_keys.py", "bool(module._forward_hooks or module._forward_pre_hooks)", "False", "tests/deltas/test_prompt_keys.py"),
+    mutant("a prompt's keys outlive a setting", "deltas/prompt_keys.py", "return id(module), type(module), plain", "return id(module), type(module)", "tests/deltas/test_prompt_keys.py"),
     mutant(
         "a packed sample predicts the next one's first token", "data/packing.py",
         "    labels[ends[:-1]] = IGNORED\n",
