@@ -34,6 +34,42 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 
 MUTANTS = [
+    mutant(
+        "attention past a segment's beginning", "kernels/attention_blocks.py",
+        "return [slice(stop - length, stop) for stop",
+        "return [slice(0, stop) for stop",
+        "tests/kernels/test_attention_blocks.py",
+    ),
+    mutant(
+        "scores of attention in 16 bit", "kernels/attention_blocks.py",
+        "wide = torch.promote_types(dtype, torch.float32)\n",
+        "wide = dtype\n",
+        "tests/kernels/test_attention_blocks.py",
+    ),
+    mutant(
+        "a key's gradient without the scale", "kernels/attention_blocks.py",
+        "sums[0].add(to, (dS.mT @ asked).mul_(scale))",
+        "sums[0].add(to, dS.mT @ asked)",
+        "tests/kernels/test_attention_blocks.py",
+    ),
+    mutant(
+        "our attention outside of training", "kernels/attention.py",
+        "if not module.training or torch.compiler.is_compiling():",
+        "if torch.compiler.is_compiling():",
+        "tests/kernels/test_attention.py",
+    ),
+    mutant(
+        "our attention stays when it is removed", "kernels/attention.py",
+        "config._attn_implementation_internal = before[name]",
+        "pass",
+        "tests/kernels/test_attention_install.py",
+    ),
+    mutant(
+        "padding seen by attention", "kernels/attention_masks.py",
+        "return Pattern(None, keys, None)",
+        "return Pattern(None, None, None)",
+        "tests/kernels/test_attention.py",
+    ),
     mutant("a bank keeps stacks at once", "deltas/stacks.py", "if key not in self._asked:", "if False:", "tests/models/test_bank_stacks.py"),
     mutant("a bank's stacks are those of another path", "deltas/bank.py", "kept.get((self.path, group.key,", "kept.get((group.key,", "tests/models/test_bank_stacks.py"),
     mutant("stacks of a removed adapter stay", "models/bank.py", "for them in [them for them in self._sets if gone in them]:", "for them in []:", "tests/models/test_bank_stacks.py"),
