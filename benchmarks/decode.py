@@ -14,10 +14,10 @@ from unittest import mock
 
 import bitsandbytes as bnb
 import torch
-import transformers
 from torch import Tensor, nn
 
 import deltalab as dl
+from benchmarks.bank import SIZES, base
 from benchmarks.harness import LEAST, MOST, Asked, Check, Row, apart, compared, timed
 from deltalab.deltas import attention
 from deltalab.quant import strips
@@ -27,7 +27,6 @@ ROUNDS, SIDE = 31, 4096
 WAYS = ("nf4", "int4-group", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (1, 8, 64)
-SIZES = {"S": (512, 1376), "L": (1024, 2752)}
 
 
 @torch.no_grad()
@@ -60,21 +59,10 @@ def linears(way: str, dtype: torch.dtype, tokens: int, rounds: int) -> Iterator[
                        direction=MOST if below == "dense" else LEAST)  # fmt: skip
 
 
-def model(size: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The same each time."""
-    hidden, mlp = SIZES[size]
-    config = transformers.LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
-        intermediate_size=mlp, vocab_size=2048, max_position_embeddings=512,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
-
-
 @torch.no_grad()
 def prompts(size: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
     """One token in a pass."""
-    plain, adapted = model(size, dtype), dl.adapt(model(size, dtype), dl.ZeroInitPrefix(length=10))
+    plain, adapted = base(size, dtype), dl.adapt(base(size, dtype), dl.ZeroInitPrefix(length=10))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter += 0.1

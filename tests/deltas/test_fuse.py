@@ -234,3 +234,37 @@ def test_accumulated_gradients_are_the_sum():
 def test_a_name_that_is_none_is_refused():
     with pytest.raises(UserError, match="kernels"):
         dl.adapt(tiny_llama(), dl.LoRA(r=2), kernels="fast")
+
+
+def test_an_input_changed_between_linears_that_read_it_is_read_again():
+    """By a hook on the first of them, in place: what was computed ahead for the others is of another input."""
+    results = []
+    for kernels in ("auto", "plain"):
+        made = adapted(tiny_llama().double(), dl.LoRA(r=3, **ALL), kernels)
+
+        def hook(module, args, output):
+            args[0].mul_(1.5)
+
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.register_forward_hook(hook)
+        with torch.no_grad():
+            results.append(made(tokens()).logits)
+    assert torch.allclose(*results, rtol=1e-9)
+
+
+def test_a_base_shown_within_a_base_shown_stays_exact():
+    base = tiny_llama(dtype=torch.bfloat16).train()
+    made = perturbed(dl.adapt(copy.deepcopy(base), dl.LoRA(r=3, **ALL))).train()
+    with dl.disabled(made):
+        with dl.disabled(made):
+            pass
+        assert torch.equal(made(tokens()).logits, base(tokens()).logits)
+    step(made)
+    assert told_of(made)["norm"]
+
+
+def test_a_norm_kept_wider_than_its_input_gives_what_it_gave():
+    """transformers' then gives the wider dtype; so does ours."""
+    made = adapted(tiny_llama(dtype=torch.bfloat16), dl.LoRA(r=3, **ALL))
+    norm = made.model.norm.float()
+    assert norm(torch.ones(1, 2, 32, dtype=torch.bfloat16)).dtype is torch.float32

@@ -238,7 +238,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, exactly, for the time of the block: deltas pass through, trained parameters show W₀."""
     state = adaptation(model)
     deltas = list(attached(model).values())
-    before = [delta.enabled for delta in deltas]
+    before, ran = [delta.enabled for delta in deltas], state.switch is not None and state.switch.on
     originals = state.start
     trained = {name: p for name, p in model.named_parameters() if name in originals}
     values = {name: p.data for name, p in trained.items()}
@@ -252,7 +252,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for delta, was in zip(deltas, before, strict=True):
             delta.enabled = was
-        pause(model, state.switch, on=True)
+        pause(model, state.switch, on=ran)
         for name, parameter in trained.items():
             parameter.data = values[name]
 

@@ -53,25 +53,25 @@ def low_rank_linear(module: nn.Module, x: Tensor) -> Tensor | None:
     switch: Switch | None = module.__dict__.get("_switch")
     if switch is None or not switch.runs(module) or not x.is_floating_point():
         return None
-    ready: dict[int, Tensor] | None = x.__dict__.get(READY)
-    if ready is not None and id(module) in ready:
+    ready, version = x.__dict__.get(READY, ({}, None))
+    if id(module) in ready and version == x._version:
         beside: Beside = module.__dict__["_beside"]
         beside.missed -= 1
-        return ready.pop(id(module))
-    own = map_of(module, x)
+        return cast(Tensor, ready.pop(id(module)))
+    own = map_of(module)
     if own is None:
         return None
-    maps = {id(module): own, **_others(module, x)}
+    maps = {id(module): own, **_others(module)}
     outputs = dict(zip(maps, linears(x, list(maps.values()), made(x)), strict=True))
     switch.count("low-rank linear" if len(maps) == 1 else f"{len(maps)} low-rank linears of one input")
     y = outputs.pop(id(module))
     if outputs:
         module.__dict__["_beside"].missed = len(outputs)
-        x.__dict__[READY] = outputs
+        x.__dict__[READY] = outputs, x._version
     return y
 
 
-def _others(module: nn.Module, x: Tensor) -> dict[int, Map]:
+def _others(module: nn.Module) -> dict[int, Map]:
     """The linears beside it that are computed at once."""
     beside: Beside | None = module.__dict__.get("_beside")
     if beside is None:
@@ -80,11 +80,11 @@ def _others(module: nn.Module, x: Tensor) -> dict[int, Map]:
         beside.together = False
     if not beside.together:
         return {}
-    found = {id(m): map_of(m, x) for m in beside.modules if m is not module}
+    found = {id(m): map_of(m) for m in beside.modules if m is not module}
     return {key: m for key, m in found.items() if m is not None}
 
 
-def map_of(module: nn.Module, x: Tensor) -> Map | None:
+def map_of(module: nn.Module) -> Map | None:
     """A linear for the kernels; None if its weight trains, or its delta has no low-rank form now."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if any(p is not None and p.requires_grad for p in (weight, bias)):
@@ -130,9 +130,11 @@ class FusedNorm(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         switch: Switch = self.__dict__["_switch"]
-        if args or kwargs or not switch.runs(self):
+        weight = self._parameters.get("weight")
+        mixed = weight is not None and weight.dtype is not x.dtype  # the module's own forward may widen x
+        if args or kwargs or mixed or not switch.runs(self):
             return super().forward(x, *args, **kwargs)
-        y, recipe = norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.__dict__["_kind"])
+        y, recipe = norm(x, weight, self._parameters.get("bias"), self.__dict__["_kind"])
         y.__dict__[MADE] = recipe, y._version
         switch.count("norm")
         return y
@@ -151,20 +153,20 @@ class FusedMLP(Fused):
     """An MLP; `_parts` says how it is made."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        maps = None if args or kwargs else self._maps(x)
+        maps = None if args or kwargs else self._maps()
         if maps is None:
             return super().forward(x, *args, **kwargs)
         parts: Parts = self.__dict__["_parts"]
         self.__dict__["_switch"].count("MLP")
         return mlp(x, maps[:-1], maps[-1], parts.act, parts.form, made(x))
 
-    def _maps(self, x: Tensor) -> list[Map] | None:
+    def _maps(self) -> list[Map] | None:
         if not cast(Switch, self.__dict__["_switch"]).runs(self):
             return None
         if any(watched(m) or (isinstance(m, nn.Dropout) and m.p) for m in self.children()):
             return None
         parts: Parts = self.__dict__["_parts"]
-        maps = [map_of(cast(nn.Module, self._modules[name]), x) for name in (*parts.first, parts.down)]
+        maps = [map_of(cast(nn.Module, self._modules[name])) for name in (*parts.first, parts.down)]
         return None if any(m is None for m in maps) else cast("list[Map]", maps)
 
 

@@ -52,7 +52,7 @@ class Recipe(Protocol):
 
 def linears(x: Float[Tensor, "*lead in"], maps: Sequence[Map], recipe: Recipe | None = None) -> tuple[Tensor, ...]:
     """The outputs of `maps`, each (..., out), in x's dtype or that of autocast. recipe: of x."""
-    tensors = [t for m in maps for t in _tensors(m)]
+    tensors = [t for m in maps for t in tensors_of(m)]
     static = [(m.weight, None if m.low is None else (m.low.s, m.low.p)) for m in maps]
     return _Linears.apply(x, static, recipe, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -80,10 +80,10 @@ class Kept(NamedTuple):
 
 
 FIELDS = 4
-"""Tensors of a map, see `_tensors`."""
+"""Tensors of a map, see `tensors_of`."""
 
 
-def _tensors(m: Map) -> tuple[Tensor | None, ...]:
+def tensors_of(m: Map) -> tuple[Tensor | None, ...]:
     return (m.bias, None, None, None) if m.low is None else (m.bias, m.low.A, m.low.B, m.low.stretch)
 
 

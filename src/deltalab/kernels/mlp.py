@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from deltalab.core.shapes import Float
 from deltalab.kernels import triton
-from deltalab.kernels.linear import Map, Recipe, Saved, _tensors, ahead, back, computing, maps_of, plain_linears
+from deltalab.kernels.linear import Map, Recipe, Saved, ahead, back, computing, maps_of, plain_linears, tensors_of
 
 
 class Activation(NamedTuple):
@@ -55,7 +55,7 @@ def mlp(
     """first: (gate, up), or the one projection. act: one of `ACTIVATIONS`."""
     maps = [*first, down]
     static = [(m.weight, None if m.low is None else (m.low.s, m.low.p)) for m in maps]
-    return _MLP.apply(x, (static, act, form), recipe, *(t for m in maps for t in _tensors(m)))  # type: ignore
+    return _MLP.apply(x, (static, act, form), recipe, *(t for m in maps for t in tensors_of(m)))  # type: ignore
 
 
 def plain_mlp(
