@@ -259,6 +259,7 @@ def test_a_base_shown_within_a_base_shown_stays_exact():
         with dl.disabled(made):
             pass
         assert torch.equal(made(tokens()).logits, base(tokens()).logits)
+        assert told_of(made) == {}  # weights of 1 round alike with kernels, so the equality alone would not tell
     step(made)
     assert told_of(made)["norm"]
 
