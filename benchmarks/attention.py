@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Asked, Check, Row, apart, compared, timed
-from deltalab.kernels.attention import LONGEST, by_segment
+from deltalab.kernels.attention import by_segment, ours_is_faster
 from deltalab.kernels.attention_blocks import Sight, attend
 
 LENGTHS, TOKENS = (64, 128, 256, 512, 1024, 2048), 1024
@@ -78,7 +78,7 @@ def whole(length: int, heads: int, kv: int, dtype: str, rounds: int) -> Row:
     given = tensors(max(1, TOKENS // length), length, heads, kv, dtype)
     ways: dict[str, Way] = {"sdpa": sdpa(), "ours": lambda q, k, v: attend(q, k, v, WIDTH**-0.5, Sight())}
     seconds = timed({name: lambda way=way: step(way, *given) for name, way in ways.items()}, rounds)  # type: ignore[misc]
-    chosen = dtype == "bfloat16" and length <= LONGEST
+    chosen = ours_is_faster(given[0].dtype, length)
     return compared(
         "causal attention", f"{length} tokens, {dtype}, {heads}/{kv} heads", seconds, "sdpa", "ours",
         checks=[as_near(ways["ours"], ways["sdpa"], given)], note="chosen" if chosen else "sdpa is chosen",
@@ -94,7 +94,8 @@ def packed(budget: int, heads: int, kv: int, dtype: str, rounds: int) -> Iterato
     blocks: Way = lambda q, k, v: attend(q, k, v, WIDTH**-0.5, Sight(), lengths)  # noqa: E731
     ways = {"block mask": sdpa(mask), "per segment": each, "our backward": blocks}
     seconds = timed({name: lambda way=way: step(way, *given) for name, way in ways.items()}, rounds)  # type: ignore[misc]
-    chosen = "our backward" if dtype == "bfloat16" else "per segment"
+    mean = sum(n * n for n in lengths) / sum(lengths)
+    chosen = "our backward" if ours_is_faster(given[0].dtype, mean) else "per segment"
     setting = f"{budget} tokens in {len(lengths)} segments, {dtype}, {heads}/{kv} heads"
     check = [as_near(ways[chosen], ways["block mask"], given)] if budget <= TOKENS else []
     yield compared("packed attention", setting, seconds, "block mask", chosen, checks=check, note="chosen")

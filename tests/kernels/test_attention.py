@@ -224,7 +224,7 @@ def test_under_autocast(batch: dict[str, Any], calls: list[str]) -> None:
 
 
 def test_a_long_row_goes_to_what_was_there(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "LONGEST", 8)
+    monkeypatch.setitem(ours.FASTER, torch.bfloat16, (0, 8))
     model = tiny_llama(dtype=torch.bfloat16).train()
     before = model(tokens(2, 9)).logits
     install(model)
@@ -234,8 +234,19 @@ def test_a_long_row_goes_to_what_was_there(calls: list[str], monkeypatch: pytest
     assert calls == ["attend"] * 2
 
 
+def test_in_fp32_rows_of_some_length_are_ours(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ours.FASTER, torch.float32, (12, 13))
+    model = tiny_llama().train()
+    batches = [tokens(2, length) for length in (11, 12, 14)]
+    want = [model(batch).logits for batch in batches]
+    install(model)
+    for batch, logits, ran in zip(batches, want, (0, 2, 2), strict=True):
+        assert_close_by_norm(model(batch).logits, logits, 1e-6)
+        assert len(calls) == ran
+
+
 def test_long_segments_go_to_torch_one_by_one(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "LONGEST", 10)  # a token's segment has 12.4 in the mean
+    monkeypatch.setitem(ours.FASTER, torch.bfloat16, (0, 10))  # a token's segment has 12.4 in the mean
     model = tiny_llama(dtype=torch.bfloat16).train()
     want = model(**packed()).logits
     install(model)

@@ -47,8 +47,8 @@ def allowed(length: int, window: int | None = None, segments: list[int] | None =
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of four queries and a few heads, so that short sequences take many."""
-    monkeypatch.setattr(attention_blocks, "QUERIES", 4)
+    """Blocks of four queries in fp64 and a few heads, so that short sequences take many."""
+    monkeypatch.setattr(attention_blocks, "QUERIES", 16)
     monkeypatch.setattr(attention_blocks, "STEP", 400)
     attention_blocks._later.cache_clear()
 

@@ -4,9 +4,9 @@
 under these names computes what it knows a faster way for, and hands all else, with the mask that it would have had, to the
 function of the name that was there:
 
-    a packed batch on a CPU          bf16: per segment, backward in blocks (`attention_blocks`); else torch's sdpa per segment
-    a packed batch on a GPU          torch's varlen attention in half precision, else flex attention (`attention_varlen`)
-    a batch on a CPU in bf16         the same backward, up to LONGEST tokens a row
+    a batch on a CPU            our backward in blocks (`attention_blocks`) for rows of the lengths of FASTER
+    a packed batch on a CPU     the same, by the length of the segments; others by torch's sdpa, segment by segment
+    a packed batch on a GPU     torch's varlen attention in half precision, else flex attention (`attention_varlen`)
 
 Segments are those that transformers reads from the positions, or else the caller's `cu_seq_lens_q`. Outside of training
 passes, without gradients, with dropout on the weights, soft caps, sinks, weights asked for, a cache, or any option that is
@@ -29,8 +29,8 @@ from deltalab.kernels.attention_varlen import attend_on_gpu
 
 NAMES = {"sdpa": "deltalab_sdpa", "eager": "deltalab_eager"}
 """Our name for each implementation that is switched."""
-LONGEST = 512
-"""Tokens of a row up to which our backward in bf16 beats that of torch's kernel on a CPU."""
+FASTER = {torch.bfloat16: (0, 512), torch.float32: (256, 1024)}
+"""Tokens of a row from and up to which our backward beats that of torch's kernel on a CPU."""
 REGISTRY, EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 """The names by which transformers' model files know the registry, and their own plain function."""
 HARMLESS = {
@@ -224,14 +224,19 @@ def _attend(
         return attend_on_gpu(q, k, v, scale, ends, most, sight.window)
     if q.device.type != "cpu":
         return None
-    low = q.dtype is torch.bfloat16
     if packed is None:
-        return attend(q, k, v, scale, sight) if low and q.shape[2] <= LONGEST else None
+        return attend(q, k, v, scale, sight) if ours_is_faster(q.dtype, q.shape[2]) else None
     lengths = packed.lengths if isinstance(packed, Unmade) else packed
-    short = sum(n * n for n in lengths) <= LONGEST * sum(lengths)  # the segment that a token is in, in the mean
-    if (low and short) or (sight.window and sight.window < max(lengths)):
+    length = sum(n * n for n in lengths) / max(1, sum(lengths))  # of the segment that a token is in, in the mean
+    if ours_is_faster(q.dtype, length) or (sight.window and sight.window < max(lengths)):
         return attend(q, k, v, scale, sight, lengths)
     return by_segment(q, k, v, scale, lengths)
+
+
+def ours_is_faster(dtype: torch.dtype, tokens: float) -> bool:
+    """Whether rows of so many tokens go through our backward on a CPU."""
+    least, most = FASTER.get(dtype, (1, 0))
+    return least <= tokens <= most
 
 
 def by_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: list[int]) -> Tensor:
