@@ -332,7 +332,7 @@ MUTANTS = [
     ),
     mutant(
         "presets leave the blocks", "deltas/select.py",
-        "for name, module in linears(model).items() if name.startswith(inside)", "for name, module in linears(model).items()",
+        "for name, what in found.items() if name.startswith(inside)", "for name, what in found.items()",
         "tests/deltas/test_select.py",
     ),
     Mutant(

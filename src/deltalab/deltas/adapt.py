@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.modules import named_parameters
 from deltalab.deltas import METHODS
 from deltalab.deltas.attach import attach
 from deltalab.deltas.base import Delta, WeightDelta, shape_of
@@ -155,7 +156,7 @@ def start(
     if active:
         park(model)
     groups, masks, names = plan
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     was_trainable = before.was_trainable or {name: p.requires_grad for name, p in parameters.items()}
     state = Adaptation(groups, masks, was_trainable, name=adapter, kernels=kernels, parked=before.parked)
     setattr(model, STATE, state)
@@ -240,7 +241,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     deltas = list(attached(model).values())
     before, ran = [delta.enabled for delta in deltas], state.switch is not None and state.switch.on
     originals = state.start
-    trained = {name: p for name, p in model.named_parameters() if name in originals}
+    trained = {name: p for name, p in named_parameters(model).items() if name in originals}
     values = {name: p.data for name, p in trained.items()}
     try:
         for delta in deltas:
@@ -269,7 +270,7 @@ def trainable(model: nn.Module) -> Trainable:
     for user, name in base_parameters(model).items():
         users.setdefault(name, []).append(leaf(user.rpartition(".")[0]))
     total = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         found = owners.get(id(parameter))
         total += parameter.numel() if found is None else 0
         if parameter.requires_grad:
@@ -286,7 +287,7 @@ def trainable(model: nn.Module) -> Trainable:
 
 def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: each delta's own, then the model's own parameters that train; each `lr` joined."""
-    own = [p for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name]
+    own = [p for name, p in named_parameters(model).items() if p.requires_grad and ".delta." not in name]
     groups: dict[float, list[nn.Parameter]] = {}
     for group in [*(g for d in attached(model).values() for g in d.param_groups(lr)), {"params": own, "lr": lr}]:
         groups.setdefault(group["lr"], []).extend(group["params"])

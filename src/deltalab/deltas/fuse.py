@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from deltalab.core.modules import modules
 from deltalab.deltas.attach import Adapted, AdaptedSublayer
 from deltalab.deltas.base import LINEARS, weight_of
 from deltalab.deltas.fused import Beside, Fused, FusedMLP, FusedNorm, Parts, Switch, fused_class, watched
@@ -38,11 +39,10 @@ OWN = ("_switch", "_beside", "_kind", "_parts")
 """What is left at a module while its kernel is there."""
 
 
-def fuse(model: nn.Module) -> Switch:
-    """Let kernels run in the training passes of an adapted model, where there are ones; in place."""
-    switch = Switch()
+def fuse(model: nn.Module, switch: Switch) -> None:
+    """Let kernels run in the training passes of an adapted model, where there are ones and the switch is on; in place."""
     tried: dict[Any, Any] = {}
-    for module in list(model.modules()):
+    for module in modules(model):
         if isinstance(module, Adapted) and not isinstance(module, AdaptedSublayer):
             module.__dict__["_switch"] = switch
         elif isinstance(module, Fused) or "forward" in module.__dict__:
@@ -57,7 +57,6 @@ def fuse(model: nn.Module) -> Switch:
                 _take_over(module, FusedMLP, switch, "_parts", parts)
         _set_beside(module)
     switch.attention = attention.install(model)
-    return switch
 
 
 def pause(model: nn.Module, switch: Switch | None, *, on: bool) -> None:
@@ -71,7 +70,7 @@ def pause(model: nn.Module, switch: Switch | None, *, on: bool) -> None:
 def unfuse(model: nn.Module) -> None:
     """Every module is of its own class again."""
     attention.remove(model)
-    for module in model.modules():
+    for module in modules(model):
         if isinstance(module, Fused):
             module.__class__ = type(module).fuses  # type: ignore[assignment]
         for name in OWN:

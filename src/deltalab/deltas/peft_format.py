@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json, remove, replacing
+from deltalab.core.modules import named_parameters
 from deltalab.core.tensors import read_tensors, write_tensors
 from deltalab.deltas.adapt import start
 from deltalab.deltas.base import Delta
@@ -97,7 +98,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, adapter: str = "defaul
     targets = [path for group in plan.groups for path in group.paths]
     tensors, own, beside = _own_of(model, config, tensors, plan)
     other_vocabulary(model, {name: tensors[key] for key, name in own.items() if key in tensors}, what)
-    parameters = dict(model.named_parameters()) if own else {}
+    parameters = named_parameters(model) if own else {}
     expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
     keys = {path: key_of(model, path, targets) for path in targets}
     for group in plan.groups:
@@ -200,7 +201,7 @@ def _as_peft(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | Non
         **own,
         **where,
     }
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     tensors: dict[str, Tensor] = {
         PREFIX + key: parameters[name] for key, name in own_keys(model, config, paths).items()
     }

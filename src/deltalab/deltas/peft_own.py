@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
 from deltalab.core.errors import UserError, nearest
+from deltalab.core.modules import named_parameters
 from deltalab.deltas.select import leaf, model_name
 from deltalab.deltas.sites import base_modules, base_parameters, expert_weights, place
 from deltalab.deltas.spec import DeltaSpec
@@ -146,7 +147,7 @@ def other_vocabulary(model: nn.Module, values: Mapping[str, Tensor], what: str) 
     """Raises: UserError if an embedding or output layer of the file has another number of rows, as new tokens give it."""
     if not values:
         return
-    own, vocabulary = dict(model.named_parameters()), set(embeddings(model).values())
+    own, vocabulary = named_parameters(model), set(embeddings(model).values())
     for name, value in values.items():
         here = own[name]
         if name in vocabulary and value.shape[0] != here.shape[0] and value.shape[1:] == here.shape[1:]:
@@ -176,7 +177,7 @@ def of_the_base(
     """
     kept = {key: t for key, t in tensors.items() if key in own or not AGAIN.search(key)}
     beside: dict[str, str] = {}
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     for user, name in embeddings(model).items():
         key = PREFIX + wrapped(model, user, targets)
         if key in own or key not in kept:

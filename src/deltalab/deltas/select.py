@@ -11,31 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.deltas.sites import Place, base_modules, endings, linears, places, stacked_parameters
 
+T = TypeVar("T")
+
 PRESETS = ("q,v", "k,v,down", "attention", "mlp", "all-linear")
 QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
 KEY = {"k_proj", "key", "k_lin", "wk", "k"}
 VALUE = {"v_proj", "value", "v_lin", "wv", "v"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "in_proj", "wqkv"}
-DOWN = (
-    "down_proj",
-    "fc2",
-    "c_proj",
-    "wo",
-    "Wo",
-    "w2",
-    "dense_4h_to_h",
-    "fc_out",
-    "output.dense",
-    "lin2",
-    "ff_out",
-    "ffn_output",
-)
+DOWN = ("down_proj", "fc2", "c_proj", "wo", "Wo", "w2", "dense_4h_to_h", "fc_out", "output.dense", "lin2", "ff_out",
+        "ffn_output")  # fmt: skip
 """The last linear of an MLP, by the names and ends of paths that models give it."""
 
 
@@ -104,8 +95,9 @@ def scored_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def block_linears(model: nn.Module, what: str) -> dict[str, nn.Module]:
     """Every linear of the blocks, for `what`. Raises: UserError, naming `what`, if a block holds experts as 3-D parameters."""
-    _refuse_experts(model, what, set())
-    return _in_blocks(model)
+    blocks = stacks(model)
+    _refuse_experts(model, what, blocks, set())
+    return _inside(blocks, linears(model))
 
 
 def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -218,9 +210,10 @@ def _index(stacks: Iterable[str], name: str) -> int | None:
     return None
 
 
-def _in_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    inside = tuple(f"{stack}." for stack in stacks(model))
-    return {name: module for name, module in linears(model).items() if name.startswith(inside)}
+def _inside(blocks: Iterable[str], found: Mapping[str, T]) -> dict[str, T]:
+    """What of all that was found lies in these lists of blocks."""
+    inside = tuple(f"{stack}." for stack in blocks)
+    return {name: what for name, what in found.items() if name.startswith(inside)}
 
 
 def in_attention(name: str) -> bool:
@@ -241,11 +234,12 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
 
     Raises: UserError, naming the modules, where the model keeps them in a form that the preset would have to skip.
     """
-    inside = _in_blocks(model)
+    blocks = stacks(model)
+    inside = _inside(blocks, {name: place for name, place in there.items() if place.kind == "linear"})
     experts: set[str] = set()
     if preset in ("k,v,down", "mlp", "all-linear"):
         experts = {name for name, place in there.items() if place.kind == "experts"}
-        _refuse_experts(model, f"preset '{preset}'", experts)
+        _refuse_experts(model, f"preset '{preset}'", blocks, experts)
     if preset == "q,v":
         found = {name for name in inside if leaf(name) in QUERY | VALUE}
         fused = sorted({leaf(name) for name in inside if leaf(name) in FUSED})
@@ -321,18 +315,16 @@ def refuse_tied(there: dict[str, Place], chosen: set[str]) -> None:
                         next="leave it out, or load the model with tie_word_embeddings=False")  # fmt: skip
 
 
-def _refuse_experts(model: nn.Module, what: str, covered: set[str]) -> None:
+def _refuse_experts(model: nn.Module, what: str, blocks: Iterable[str], covered: set[str]) -> None:
     """Raises: UserError if the blocks hold 3-D parameters other than `covered`."""
-    inside = tuple(f"{stack}." for stack in stacks(model))
-    rest = {name: shape for name, shape in stacked_parameters(model).items() if name not in covered}
-    rest = {name: shape for name, shape in rest.items() if name.startswith(inside)}
+    rest = {n: shape for n, shape in _inside(blocks, stacked_parameters(model)).items() if n not in covered}
     if rest:
         name, shape = next(iter(rest.items()))
         raise UserError(f"{what}: {called(model)} holds experts as 3-D parameters, which it does not cover.",
                         found=f"{len(rest)}, the first is {name} {tuple(shape)}", next="name the linears that you want, or the preset 'attention'")  # fmt: skip
 
 
-def _names(found: dict[str, nn.Module]) -> str:
+def _names(found: Iterable[str]) -> str:
     return (
         ", ".join(f"{name} ({count})" for name, count in Counter(leaf(n) for n in found).items())
         or "no linear in the blocks"

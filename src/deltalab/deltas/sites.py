@@ -93,20 +93,18 @@ class Place(NamedTuple):
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the deltas and what is in them.
-
-    By a stack of its own: a generator a level, as torch has it, costs more than what is done with a module here.
-    """
-    seen: set[int] = set()
+    """`named_modules` without the deltas and what is in them; by a stack, see `deltalab.core.modules`."""
+    seen: set[nn.Module] = set()
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen or _of_delta(type(module)):  # type: ignore[arg-type]
+        if module in seen or _of_delta(type(module)):  # type: ignore[arg-type]
             continue
-        seen.add(id(module))
+        seen.add(module)
         yield name, module
-        before = name + "." if name else ""
-        stack += [(before + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+        if module._modules:
+            before = name + "." if name else ""
+            stack += [(before + key, child) for key, child in reversed(module._modules.items()) if child is not None]
 
 
 @functools.cache

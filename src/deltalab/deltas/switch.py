@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError, nearest
+from deltalab.core.modules import named_parameters
 from deltalab.deltas.attach import adapted_modules, attach, attached_to, detach
 from deltalab.deltas.base import Delta
 from deltalab.deltas.fuse import fuse, told, unfuse
+from deltalab.deltas.fused import Switch
 from deltalab.deltas.select import model_name
 from deltalab.deltas.sites import place
 from deltalab.deltas.weights import STATE, Adaptation, adaptation, attached, is_adapted
@@ -63,7 +65,7 @@ def unload(model: nn.Module) -> nn.Module:
 def park(model: nn.Module) -> None:
     """Take the active adapter off and keep it; the model is the base until `bring_back`."""
     state = adaptation(model)
-    own = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if n in state.start}
+    own = {n: p.detach().to("cpu", copy=True) for n, p in named_parameters(model).items() if n in state.start}
     deltas = attached(model)
     take_off(model)
     ignore_on_save(model, undo=True)
@@ -78,7 +80,7 @@ def bring_back(model: nn.Module, adapter: str) -> None:
     state.parked = others
     setattr(model, STATE, state)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model).items():
             parameter.requires_grad_(name in state.start)
             if name in parked.own:
                 parameter.copy_(parked.own[name])
@@ -95,8 +97,11 @@ def set_kernels(model: nn.Module, kernels: str | None = None) -> None:
     """Kernels where the active adapter asks for them, or as said from now on: `auto` or `plain`."""
     state = adaptation(model)
     state.kernels = kernels or state.kernels
-    unfuse(model)
-    state.switch = fuse(model) if state.kernels == "auto" else None
+    if state.switch is not None:
+        unfuse(model)
+    state.switch = Switch() if state.kernels == "auto" else None
+    if state.switch is not None:
+        fuse(model, state.switch)
 
 
 def kernels_of(model: nn.Module) -> dict[str, int | str]:
@@ -122,7 +127,7 @@ def take_off(model: nn.Module) -> None:
     for module in adapted_modules(model):
         detach(module)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model).items():
             if name in originals:
                 parameter.copy_(originals[name])
                 parameter.grad = None  # an optimizer that still holds it would step the base
@@ -131,7 +136,7 @@ def take_off(model: nn.Module) -> None:
 def forget(model: nn.Module, state: Adaptation | None = None) -> None:
     """No trace of `state` (the model's own) is left: parameters train that did before, none has a gradient."""
     state = state or adaptation(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         parameter.requires_grad_(state.was_trainable.get(name, parameter.requires_grad))
         parameter.grad = None
     ignore_on_save(model, state, undo=True)
@@ -154,7 +159,7 @@ def ignore_on_save(model: nn.Module, state: Adaptation | None = None, *, undo: b
 def _saved_keys(delta: nn.Module) -> list[str]:
     """The keys of a delta's state dict, and its mask's if it has none now."""
     keys = ["keep"]
-    for path, module in delta.named_modules():
+    for path, module in delta.named_modules() if delta._modules else [("", delta)]:
         before = path + "." if path else ""
         own = {**module._parameters, **module._buffers}
         keys += [before + k for k, t in own.items() if t is not None and k not in module._non_persistent_buffers_set]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltalab.core.modules import modules
 from deltalab.kernels.attention_blocks import Sight, attend
 from deltalab.kernels.attention_masks import Pattern, Unmade, mask_or_unmade
 from deltalab.kernels.attention_varlen import attend_on_gpu
@@ -76,7 +77,7 @@ def _users(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
     from transformers import PreTrainedConfig
 
     found: dict[int, tuple[Any, list[nn.Module]]] = {}
-    for module in model.modules():
+    for module in modules(model):
         config = module.__dict__.get("config")
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), (config, []))[1].append(module)

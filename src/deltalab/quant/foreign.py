@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.modules import modules
 from deltalab.core.shapes import Float
 from deltalab.quant.nf4 import NF4, dequantise_plainly
 from deltalab.quant.nf4_linear import NF4Linear
@@ -79,7 +80,7 @@ def hold(model: nn.Module) -> None:
     scales to bf16 for good, and gives no gradient to what is below from then on. Where that has happened, the linears get
     their layout back, and keep the scales that they have.
     """
-    for linear in model.modules():
+    for linear in modules(model):
         if kind(linear) not in ("nf4", "fp4"):
             continue
         what, state = cast(Any, linear), _state(linear)
