@@ -22,15 +22,18 @@ def test_padding(side):
     assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 8, 9], [IGNORED] * 3]))
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
-def test_every_sample_once_in_full_batches(lengths, batch, seed, epoch):
-    order = epoch_order(lengths, batch, seed=seed, epoch=epoch)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3),
+    st.booleans(),
+)  # fmt: skip
+def test_every_sample_once_in_full_batches(lengths, batch, seed, epoch, by_length):
+    order = epoch_order(lengths, batch, seed=seed, epoch=epoch, by_length=by_length)
     assert sorted(i for part in order for i in part) == list(range(len(lengths)))
     assert len(order) == -(-len(lengths) // batch)
     assert sum(len(part) != batch for part in order) <= 1
     torch.manual_seed(epoch)
     np.random.seed(epoch)
-    assert epoch_order(lengths, batch, seed=seed, epoch=epoch) == order
+    assert epoch_order(lengths, batch, seed=seed, epoch=epoch, by_length=by_length) == order
 
 
 def test_epochs_and_seeds_differ_and_lengths_are_grouped():
@@ -43,5 +46,8 @@ def test_epochs_and_seeds_differ_and_lengths_are_grouped():
 
     assert padded(orders[0]) < 1.1 * sum(lengths)
     assert padded([list(range(i, i + 8)) for i in range(0, 400, 8)]) > 1.5 * sum(lengths)
+    drawn = epoch_order(lengths, 8, seed=0, epoch=0, by_length=False)
+    assert padded(drawn) > 1.5 * sum(lengths)  # lengths have no say
+    assert drawn != epoch_order(lengths, 8, seed=0, epoch=1, by_length=False)
     firsts = [len(str(lengths[part[0]])) for part in orders[0]]
     assert firsts != sorted(firsts)  # batches are shuffled again: no run from long to short

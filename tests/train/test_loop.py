@@ -60,7 +60,7 @@ def test_the_loop_is_plain_torch(schedule):
 
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, betas=(0.9, 0.999), weight_decay=0.1)
-    order = epoch_order([len(s.input_ids) for s in SAMPLES], 4, seed=7, epoch=0)
+    order = epoch_order([len(s.input_ids) for s in SAMPLES], 4, seed=7, epoch=0, by_length=False)
     losses = []
     for step in range(5):
         batch = collate([SAMPLES[i] for i in order[step]], 0)

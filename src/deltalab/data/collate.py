@@ -31,13 +31,18 @@ def collate(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def epoch_order(lengths: Sequence[int], batch: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, as indices: every sample once, near lengths together, the last batch maybe smaller.
+def epoch_order(
+    lengths: Sequence[int], batch: int, *, seed: int, epoch: int, by_length: bool = True
+) -> list[list[int]]:
+    """The batches of one epoch, as indices: every sample once, the last batch maybe smaller.
 
+    by_length: near lengths together, for batches that are padded; otherwise samples as they are drawn.
     A pure function of its arguments, which is what makes a resumed run see the same data.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    if not by_length:
+        return [order[start : start + batch].tolist() for start in range(0, len(order), batch)]
     window = batch * WINDOW
     for start in range(0, len(order), window):
         part = order[start : start + window]

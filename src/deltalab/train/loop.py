@@ -175,7 +175,9 @@ class Loop:
         """The samples of a step: a pure function of the seed and the step."""
         epoch, position = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
-            self.order = (epoch, epoch_order(self.lengths, self.spec.optim.batch, seed=self.spec.seed, epoch=epoch))
+            spec, padded = self.spec, not self.packing.packed
+            order = epoch_order(self.lengths, spec.optim.batch, seed=spec.seed, epoch=epoch, by_length=padded)
+            self.order = (epoch, order)
         return self.order[1][position]
 
     def _step(self, samples: list[int], shown: Progress) -> None:
