@@ -35,6 +35,29 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "freed memory is kept", "core/memory.py", "ctypes.CDLL(None).malloc_trim(0)", "pass", "tests/core/test_memory.py"
+    ),
+    mutant(
+        "tensors in a file by name alone", "core/tensors.py",
+        "(-ORDER[names[key]], key.encode())", "key.encode()", "tests/core/test_tensors.py",
+    ),
+    mutant(
+        "an MLP is tried with weights of zero", "deltas/fuse.py",
+        "0.3 * _probe(shape, like) * (1 + i)", "0 * _probe(shape, like) * (1 + i)", "tests/deltas/test_fuse.py",
+    ),
+    mutant(
+        "a part of W is not drawn again", "deltas/lora.py",
+        'return self.init not in (*PARTS, "loftq")', "return True", "tests/deltas",
+    ),
+    mutant(
+        "packed samples go by their length", "train/loop.py", "not self.packing.packed\n", "True\n",
+        "tests/train/test_packing.py", "tests/train/test_loop.py",
+    ),
+    mutant(
+        "short rows of fp32 go through our attention", "kernels/attention.py",
+        "return least <= tokens <= most", "return tokens <= most", "tests/kernels/test_attention.py",
+    ),
+    mutant(
         "attention past a segment's beginning", "kernels/attention_blocks.py",
         "return [slice(stop - length, stop) for stop",
         "return [slice(0, stop) for stop",

@@ -25,6 +25,7 @@ HEAVY = {
     "matplotlib",
     "tokenizers",
     "jinja2",
+    "pydantic",
 }
 
 
