@@ -11,8 +11,8 @@ attach: a new adapter, its start drawn. load: from a file onto a plain model, to
 save: ours is on the disk when the call ends, peft's in the system's buffers; `peft, on disk` has the same fsync after it.
 merge: to a plain model. Ours is a second one that shares what no delta touched, and the adapted one stays as it is; peft's
 `merge_and_unload` writes over the base. `peft, base kept` takes the copy that is needed for that.
-The growth is the exponent p of time ~ linears^p, by least squares on logarithms over 77, 154, 301 and 602 linears, of the
-least time of the rounds: what else the machine does makes long calls longer, by more than short ones.
+The growth is the exponent p of time ~ linears^p, by least squares on logarithms of the medians over 77, 154, 301 and 602
+linears.
 """
 
 import copy
@@ -67,7 +67,7 @@ def growth(asked: Asked) -> Iterator[Row]:
     for what in WANTED:
         powers = {}
         for side in ("ours", "peft"):
-            taken = {7 * blocks: min(seconds[what][side]) for blocks, seconds in found.items()}
+            taken = {7 * blocks: statistics.median(seconds[what][side]) for blocks, seconds in found.items()}
             xs, ys = [math.log(n) for n in taken], [math.log(t) for t in taken.values()]
             powers[side] = statistics.linear_regression(xs, ys).slope
         yield Row(f"{what}: growth", "hidden 256, time ~ linears^p", "p of ours", exactly(powers["ours"], 1.0), powers,
