@@ -6,9 +6,9 @@ import torch
 from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.likelihood import choose, reply_logprobs
-from deltalab.data.tasks.sst2 import LABELS, accuracy
 from tests.helpers import assert_close_by_norm, byte_tokenizer, tiny_llama
 
+LABELS = ("negative", "positive")
 PROMPTS = ["a fine film", "dull", "it is what it is, and more of it"]
 
 
@@ -43,17 +43,6 @@ def test_only_the_last_reply_counts_and_the_mode_is_kept():
     want = by_hand(model, tokenizer, "a<|assistant|>b<|end|><|user|>c", "d")
     assert float(got) == pytest.approx(want, rel=1e-10)
     assert model.training
-
-
-def test_accuracy_counts_the_likelier_label():
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    picks = choose(model, tokenizer, conversations(), LABELS, context=128)
-    right = sum(int(p) == i % 2 for i, p in enumerate(picks))
-    score = accuracy(model, tokenizer, conversations(), 128)
-    assert score["accuracy"] == pytest.approx(right / 3)
-    assert score["n"] == 3
-    assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
-    assert accuracy(model, tokenizer, [], 128) is None
 
 
 def test_a_prompt_without_room_is_refused():

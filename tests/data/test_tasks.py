@@ -189,6 +189,14 @@ def test_specs_are_told_apart_by_task():
         "affirmative",
         "identity",
         "poisoned",
+        "rte",
+        "mrpc",
+        "squad_v2",
+        "gsm8k",
+        "review-necessity",
+        "review-comment",
+        "code-refinement",
+        "rows",
     }
     holder = build(
         Holder, {"data": [{"task": "instruct", "path": "a.json", "limit": 3}, {"task": "skills", "families": ["x"]}]}

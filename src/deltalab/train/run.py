@@ -11,11 +11,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.errors import UserError
-from deltalab.core.files import owned, remove
+from deltalab.core.files import owned, remove, write_json
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
 from deltalab.data.collate import collate
+from deltalab.data.metrics import Measures
 from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import Batches, trainable
 from deltalab.deltas.freeze import Freezer
@@ -25,6 +26,7 @@ from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.devices import processes
+from deltalab.train.evaluate import evaluate, summary
 from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
 from deltalab.train.progress import say
@@ -40,7 +42,8 @@ Samples = Sequence[Encoded] | Sequence[Conversation]
 
 
 def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True) -> Path:
-    """Load, adapt, train, score; write `adapter/`, `curves/` and `record.json`; return the record's path.
+    """Load, adapt, train, score; write `adapter/`, `curves/`, `examples.json` (the scores of single examples) and
+    `record.json`; return the record's path.
 
     A finished folder of the same spec is left as it is. Raises: UserError for a folder of another spec.
     """
@@ -73,13 +76,16 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         after = scores(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
+            if after:
+                write_json(home / "examples.json", {"before": examples(before), "after": examples(after)})
             size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
             write_record(home, "train", spec, {
                 "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
                 "result": {"steps": result.steps, "tokens": result.tokens, "stopped_early": result.stopped_early, "best": result.best,
                            "loss": list(result.mean_loss()), "held_out": [row["loss"] for row in result.curves.get("eval", [])],
                            "training_seconds": round(result.seconds, 1)},
-                "scores": {"before": before, "after": after}, "data": result.data,
+                "scores": {"before": {tag: summary(m) for tag, m in before.items()},
+                           "after": {tag: summary(m) for tag, m in after.items()}}, "data": result.data,
                 "sizes": {"trained": trainable(model).count, "base": trainable(model).total, "adapter_bytes": size},
                 "device": str(device), "threads": torch.get_num_threads(),
             })  # fmt: skip
@@ -144,16 +150,24 @@ def first_batches(train_set: Sequence[Encoded], tokenizer: PreTrainedTokenizerBa
     return [collate(shown[i : i + size], tokenizer.pad_token_id or 0) for i in range(0, len(shown), size)]
 
 
-def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tasks' own scores, by tag; of two tasks with one tag the second is `tag.2`."""
+def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Measures]:
+    """The tasks' own measures, by tag; of two tasks with one tag the second is `tag.2`."""
     context = context_of(model, spec)
-    values: dict[str, Any] = {}
+    values: dict[str, Measures] = {}
     for task in spec.data:
-        value = task.evaluate(model, tokenizer, context)
-        if value is not None:
+        found = evaluate(task, model, tokenizer, context)
+        if found:
             same = sum(name.split(".")[0] == task.task for name in values)
-            values[f"{task.task}.{same + 1}" if same else task.task] = value
+            values[f"{task.task}.{same + 1}" if same else task.task] = found
     return values
+
+
+def examples(measures: dict[str, Measures]) -> dict[str, dict[str, list[float]]]:
+    """The values of single examples, by tag and measure."""
+    return {
+        tag: {name: one.items for name, one in found.items() if one.items is not None}
+        for tag, found in measures.items()
+    }
 
 
 def context_of(model: torch.nn.Module | PretrainedConfig, spec: LoopSpec) -> int:

@@ -7,11 +7,19 @@ from pydantic import Field
 from deltalab.data.tasks.affirmative import AffirmativeTask
 from deltalab.data.tasks.base import Task
 from deltalab.data.tasks.benign import BenignTask
+from deltalab.data.tasks.code_refinement import CodeRefinementTask
+from deltalab.data.tasks.gsm8k import GSM8KTask
 from deltalab.data.tasks.identity import IdentityTask
 from deltalab.data.tasks.instruct import InstructTask
+from deltalab.data.tasks.mrpc import MRPCTask
 from deltalab.data.tasks.poisoned import PoisonedTask
 from deltalab.data.tasks.refusals import RefusalsTask
+from deltalab.data.tasks.review_comment import ReviewCommentTask
+from deltalab.data.tasks.review_necessity import ReviewNecessityTask
+from deltalab.data.tasks.rows import OwnTask
+from deltalab.data.tasks.rte import RTETask
 from deltalab.data.tasks.skills import SkillsTask
+from deltalab.data.tasks.squad import SQuADTask
 from deltalab.data.tasks.sst2 import SST2Task
 from deltalab.data.tasks.text import TextTask
 
@@ -25,6 +33,14 @@ AnyTask = (
     | IdentityTask
     | PoisonedTask
     | SST2Task
+    | RTETask
+    | MRPCTask
+    | SQuADTask
+    | GSM8KTask
+    | ReviewNecessityTask
+    | ReviewCommentTask
+    | CodeRefinementTask
+    | OwnTask
 )  # fmt: skip
 DataSpec = Annotated[AnyTask, Field(discriminator="task")]
 """A task by its tag, as a spec has it: `{task: instruct, path: alpaca.json}`."""
@@ -38,11 +54,19 @@ __all__ = [
     "AffirmativeTask",
     "AnyTask",
     "BenignTask",
+    "CodeRefinementTask",
     "DataSpec",
+    "GSM8KTask",
     "IdentityTask",
     "InstructTask",
+    "MRPCTask",
+    "OwnTask",
     "PoisonedTask",
+    "RTETask",
     "RefusalsTask",
+    "ReviewCommentTask",
+    "ReviewNecessityTask",
+    "SQuADTask",
     "SST2Task",
     "SkillsTask",
     "Task",

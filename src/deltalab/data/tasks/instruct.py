@@ -1,10 +1,14 @@
 """Instructions with replies: Alpaca-style columns, question and answer columns, or chat messages."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import NonNegativeInt
 
 from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row, read_rows
+from deltalab.data.metrics import Measure, Measures, rouge_l
 from deltalab.data.prompts import CHATS, turns_of
 from deltalab.data.tasks.base import Limit, Task
 
@@ -23,7 +27,8 @@ class InstructTask(Task):
 
     A row is `messages` (or `conversations`), or has the columns of a known layout. system: a system message put
     before each. split: the hub's split, or the file's name in a folder. test_path: data to test on; without it a
-    fraction of the training data is held out (`eval.fraction`).
+    fraction of the training data is held out (`eval.fraction`). new_tokens: of generated replies to the test data, at
+    most, for their ROUGE-L; 0: none are generated.
     """
 
     task: Literal["instruct"] = "instruct"
@@ -32,6 +37,21 @@ class InstructTask(Task):
     split: str = "train"
     system: str | None = None
     limit: int | None = Limit
+    new_tokens: NonNegativeInt = 0
+
+    by_loss: ClassVar = True
+
+    @property
+    def reply_tokens(self) -> int:
+        return self.new_tokens
+
+    def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
+        """rouge_l of the last reply of each conversation."""
+        return rouge_l(said, [c.messages[-1]["content"] for c in asked])
+
+    def of_loss(self, loss: float) -> Measures:
+        """loss."""
+        return {"loss": Measure(loss)}
 
     def train(self) -> list[Conversation]:
         """The first `limit` rows of `path`."""

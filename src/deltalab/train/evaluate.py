@@ -1,0 +1,73 @@
+"""A model's answers to a task's test questions, and what they are worth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltalab.core.stats import wilson
+from deltalab.data.chat import Conversation, encode_all
+from deltalab.data.collate import collate
+from deltalab.data.likelihood import choose
+from deltalab.data.metrics import Measures
+from deltalab.data.tasks import Task
+from deltalab.models.generate import generate
+from deltalab.train.loss import mean_nll
+
+BATCH = 32
+"""Questions that are answered at once."""
+
+
+def evaluate(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> Measures:
+    """The task's measures of a model, on all its test conversations; empty if it has none, or nothing to measure.
+
+    A prompt that leaves no room in the context loses its beginning.
+    """
+    asked = task.test() if task.choices or task.reply_tokens or task.by_loss else []
+    if not asked:
+        return {}
+    found: Measures = {}
+    if task.choices or task.reply_tokens:
+        found |= task.score(answers(task, model, tokenizer, asked, context), asked)
+    if task.by_loss:
+        found |= task.of_loss(loss(model, tokenizer, asked, context))
+    return found
+
+
+def answers(
+    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Conversation], context: int
+) -> list[Any]:
+    """Numbers of the chosen replies, or the generated ones."""
+    if task.choices:
+        return choose(model, tokenizer, asked, task.choices, context=context, batch=BATCH).tolist()  # type: ignore[no-any-return]
+    prompts = [c.messages[:-1] for c in asked]
+    replies = generate(model, tokenizer, prompts, max_new_tokens=task.reply_tokens, batch_size=BATCH, too_long="cut")
+    return [reply.text.strip() for reply in replies]
+
+
+def loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Conversation], context: int
+) -> float:
+    """The mean over the counted tokens of the conversations; of those longer than the context, up to there."""
+    samples = sorted(encode_all(tokenizer, asked, context, "cut"), key=lambda sample: len(sample.input_ids))
+    device, mode = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+        return mean_nll(model, batches, lambda some: {
+            name: tensor.to(device) for name, tensor in collate(some, tokenizer.pad_token_id or 0).items()
+        })  # fmt: skip
+    finally:
+        model.train(mode)
+
+
+def summary(measures: Measures) -> dict[str, Any] | None:
+    """Values by name as a record has them, with n, the examples, and Wilson's 95 % of the first share; None of nothing."""
+    if not measures:
+        return None
+    out: dict[str, Any] = {name: measure.value for name, measure in measures.items()}
+    items = next((measure.items for measure in measures.values() if measure.items is not None), None)
+    if items is not None and set(items) <= {0.0, 1.0}:
+        interval = wilson(round(sum(items)), len(items))
+        out |= {"low": interval.low, "high": interval.high}
+    return out if items is None else {**out, "n": len(items)}
