@@ -24,15 +24,14 @@ def command(
 
     from deltalab.core.errors import UserError
     from deltalab.core.spec import override, read_yaml
-    from deltalab.data.chat import encode_all
     from deltalab.models.load import load_tokenizer
-    from deltalab.train.run import context_of, hold_out, read_data
+    from deltalab.train.run import as_encodings, context_of, head_of, hold_out, read_data
 
     plan = training_part(override(read_yaml(spec), overrides or []), str(spec))
     config, tokenizer = load_tokenizer(plan.model)
     context = context_of(config, plan)
     conversations, tests = read_data(plan)
-    samples = encode_all(tokenizer, conversations, context, plan.run.too_long)
+    samples = as_encodings(tokenizer, conversations, context, plan, head_of(plan)[1] is not None)
     if start > len(samples):
         raise UserError(
             f"there is no sample {start}.", found=f"{len(samples)} samples", next=f"--start 1 to {len(samples)}"
@@ -92,7 +91,9 @@ def overview(samples: "Encodings", context: int, too_long: str) -> str:
 
 
 def measures(sample: "Encoded") -> str:
-    """One sample's lengths."""
+    """One sample's lengths, or its class."""
+    if sample.choice is not None:
+        return f"{len(sample.input_ids)} tokens, class {sample.choice}{', cut to the context' if sample.cut else ''}"
     return f"{len(sample.input_ids)} tokens, {sample.counted} counted{', cut to the context' if sample.cut else ''}"
 
 
@@ -102,7 +103,7 @@ def tokens_text(sample: "Encoded", tokenizer: "PreTrainedTokenizerBase") -> "Tex
 
     text, inside = Text(), False
     for number, (token, label) in enumerate(zip(sample.input_ids, sample.labels, strict=True)):
-        counted = label != -100
+        counted = label != -100 and sample.choice is None
         if counted != inside:
             text.append("«" if counted else "»", "bold green")
         elif number:

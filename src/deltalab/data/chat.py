@@ -38,11 +38,15 @@ class Encoded:
     """A sample for the model: `labels[i]` is `input_ids[i]` where token i is counted, else -100. Same lengths.
 
     The loss at position i − 1 predicts token i, so a first token is never counted. cut: the context cut its end off.
+    For a classifier, choice is the class, and stands as the first label too; types: which of two texts a token is of, where
+    the model tells them apart.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: bool = False
+    choice: int | None = None
+    types: list[int] | None = None
 
     @property
     def counted(self) -> int:

@@ -17,7 +17,10 @@ WINDOW = 16
 def collate(
     samples: Sequence[Encoded], pad_id: int, side: Literal["right", "left"] = "right"
 ) -> dict[str, Int[Tensor, "batch seq"]]:
-    """`input_ids`, `attention_mask` and `labels`, padded to the longest sample: (batch, seq), int64."""
+    """`input_ids`, `attention_mask` and `labels`, padded to the longest sample: (batch, seq), int64.
+
+    Of samples for a classifier `labels` are the classes, (batch,), and `token_type_ids` come with them where they have them.
+    """
     length = max(len(sample.input_ids) for sample in samples)
     ids = torch.full((len(samples), length), pad_id, dtype=torch.long)
     labels = torch.full((len(samples), length), IGNORED, dtype=torch.long)
@@ -28,7 +31,14 @@ def collate(
         ids[row, place] = torch.tensor(sample.input_ids, dtype=torch.long)
         labels[row, place] = torch.tensor(sample.labels, dtype=torch.long)
         mask[row, place] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if samples[0].choice is not None:
+        batch["labels"] = torch.tensor([sample.choice for sample in samples])
+    if samples[0].types is not None:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+        for row, sample in enumerate(samples):
+            batch["token_type_ids"][row, mask[row] == 1] = torch.tensor(sample.types)
+    return batch
 
 
 def epoch_order(

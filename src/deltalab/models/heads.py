@@ -1,8 +1,10 @@
 """Which class of transformers loads a model: by the class that its config names, or by the head that is asked for."""
 
+from collections.abc import Collection
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from deltalab.core.errors import UserError, nearest
@@ -23,6 +25,27 @@ HEADS: dict[str, tuple[Any, Any]] = {
     "none": (transformers.AutoModel, auto.MODEL_MAPPING_NAMES),
 }  # fmt: skip
 """Head -> the class that loads such a model, and the classes that have the head, by model type; `none` is the body."""
+
+
+ENCODERS = ("none", "MaskedLM", "SequenceClassification")
+"""Heads of models that read a text and write none."""
+
+
+def is_encoder(config: transformers.PretrainedConfig) -> bool:
+    """Whether what a config names gives no text."""
+    return auto_class(config, None) in {HEADS[head][0] for head in ENCODERS}
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model has an output for each of some classes."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def new_head(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """The parameters of a head that are missing in a model's files, if all of a head are; else none."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    return head if head and len(head) < len(list(model.parameters())) and set(head) <= set(missing) else []
 
 
 def auto_class(config: transformers.PretrainedConfig, head: str | None) -> Any:

@@ -7,7 +7,7 @@ a weight file. Weights are safetensors only, code that comes with a model runs o
 import contextlib
 import hashlib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json
 from deltalab.deltas import adapt as deltas
+from deltalab.deltas.masks import Train
 from deltalab.deltas.quantise import quantise
-from deltalab.models.heads import auto_class
+from deltalab.models.heads import auto_class, new_head
 from deltalab.models.precision import require_bfloat16
 from deltalab.models.quantised import forget_reading, reading
 from deltalab.quant import foreign
@@ -41,15 +42,16 @@ TOKENIZER_FILES = (
 
 def load(
     name: str | Path, *, dtype: str | torch.dtype | None = None, device_map: Any = None, revision: str | None = None,
-    trust_remote_code: bool = False, head: str | None = None, quantize: str | None = None, group_size: int | None = None, adapt: Any = None,
-    seed: int = 0, calibration: deltas.Batches | None = None,
+    trust_remote_code: bool = False, head: str | None = None, labels: int | None = None, quantize: str | None = None,
+    group_size: int | None = None, adapt: Any = None, seed: int = 0, calibration: deltas.Batches | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:  # fmt: skip
     """A model in eval mode, and its tokenizer with a pad token.
 
     name: a folder, a hub name, or the bundled `organism` (the same as `organism:chat`) and `organism:base`.
     dtype: None is float32, in which measures are defined; "auto" is the file's own.
     head: what sits on the model's body, see `deltalab.models.heads`: CausalLM, SequenceClassification, …; None is what its
-    config says.
+    config says. labels: of a head of classes, how many. A head that the files do not have is new: drawn from `seed`, and
+    trained beside what `adapt` says.
     quantize: `nf4`, `int8` or `int4-group`: the linears of the blocks become codes, in groups of `group_size` inputs (nf4:
     blocks of `group_size` weights), see `deltalab.quant`; None for the usual size. Each is quantised as it is read, so there
     is no full-precision copy of the model. A model that is quantised already, by bitsandbytes or saved from here, is
@@ -71,17 +73,24 @@ def load(
     with _told(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        model, info = auto_class(config, head).from_pretrained(
-            source,
-            dtype=wanted,
-            device_map=device_map,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # another shape is told below, by name
-            **options,
-            **reading(name, config, quantize, how, adapt),
-        )
-    _require_whole(name, model, info)
+        sized = {} if labels is None else {"num_labels": labels}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # what a new head starts with
+            model, info = auto_class(config, head).from_pretrained(
+                source,
+                dtype=wanted,
+                device_map=device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # another shape is told below, by name
+                **options,
+                **sized,
+                **reading(name, config, quantize, how, adapt),
+            )
+    new = [] if head is None else new_head(model, info["missing_keys"])
+    _require_whole(name, model, info, new)
+    if new and adapt is not None:
+        adapt = [*(adapt if isinstance(adapt, (list, tuple)) else [adapt]), Train(new)]
     forget_reading(model)
     foreign.hold(model)
     _pad(model, tokenizer)
@@ -124,9 +133,9 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _require_whole(name: str, model: nn.Module, info: dict[str, Any]) -> None:
-    """Raises: UserError if tensors of the model were not in the file, or in another shape."""
-    missing = sorted(info["missing_keys"])
+def _require_whole(name: str, model: nn.Module, info: dict[str, Any], new: Collection[str] = ()) -> None:
+    """Raises: UserError if tensors of the model were not in the file, or in another shape. new: that need not be there."""
+    missing = sorted(set(info["missing_keys"]) - set(new))
     if missing or info["mismatched_keys"]:
         what = (
             f"lacks {len(missing)} tensors, the first is {missing[0]}"

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.stats import wilson
 from deltalab.data.chat import Conversation, encode_all
+from deltalab.data.choices import encode_choices
 from deltalab.data.collate import collate
 from deltalab.data.likelihood import choose
 from deltalab.data.metrics import Measures
 from deltalab.data.tasks import Task
 from deltalab.models.generate import generate
+from deltalab.models.heads import is_classifier
 from deltalab.train.loss import mean_nll
 
 BATCH = 32
@@ -38,11 +41,35 @@ def answers(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Conversation], context: int
 ) -> list[Any]:
     """Numbers of the chosen replies, or the generated ones."""
+    if is_classifier(model):
+        return classes(model, tokenizer, asked, context)
     if task.choices:
         return choose(model, tokenizer, asked, task.choices, context=context, batch=BATCH).tolist()  # type: ignore[no-any-return]
     prompts = [c.messages[:-1] for c in asked]
     replies = generate(model, tokenizer, prompts, max_new_tokens=task.reply_tokens, batch_size=BATCH, too_long="cut")
     return [reply.text.strip() for reply in replies]
+
+
+def classes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Conversation], context: int
+) -> list[int]:
+    """The class that a classifier finds likeliest for each question."""
+    samples = encode_choices(tokenizer, asked, context, "cut")
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
+    found, device, mode = [0] * len(samples), next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), BATCH):
+                part = order[start : start + BATCH]
+                batch = collate([samples[i] for i in part], tokenizer.pad_token_id or 0)
+                del batch["labels"]
+                logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+                for i, choice in zip(part, logits.argmax(-1).tolist(), strict=True):
+                    found[i] = choice
+    finally:
+        model.train(mode)
+    return found
 
 
 def loss(

@@ -8,6 +8,7 @@ function of the step, so a resumed run is bitwise the undisturbed one.
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Sequence
@@ -265,8 +266,9 @@ class Loop:
     def _tensors(self, samples: Sequence[Encoded]) -> Batch:
         """A batch on the device. A process or piece without a sample runs some sample with no label counted."""
         if not samples:
-            ids = self.data[0].input_ids
-            samples = [Encoded(ids, [IGNORED] * len(ids))]
+            some = self.data[0]
+            none = None if some.choice is None else IGNORED
+            samples = [dataclasses.replace(some, labels=[IGNORED] * len(some.labels), choice=none)]
         return self.packing.batch(samples, self.pad_id, self.accelerator.device)
 
     def _note(self, name: str, row: dict[str, Any]) -> None:

@@ -19,8 +19,13 @@ def nll_sum(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """−Σ log p(token) over the counted tokens of a batch, padded or packed, in fp32. Position i − 1 predicts token i.
 
     Everything of the batch beside `labels` goes to the model's forward. Only rows that predict a counted token go
-    through the output layer, wherever that can be done.
+    through the output layer, wherever that can be done. Of a classifier's batch, whose labels are (batch,): of the classes.
     """
+    if batch["labels"].ndim == 1:
+        arguments = {name: value for name, value in batch.items() if name != "labels"}
+        return F.cross_entropy(
+            model(**arguments).logits.float(), batch["labels"], ignore_index=IGNORED, reduction="sum"
+        )
     loss = nll_of_head(model, batch)
     return nll_of_logits(model, batch) if loss is None else loss
 
@@ -51,5 +56,7 @@ def mean_nll(
 
 
 def count(sample: Encoded) -> int:
-    """Tokens that the loss counts: a first token has no position that predicts it."""
+    """What the loss counts: tokens, but for the first, which has no position that predicts it; of a classifier's sample one."""
+    if sample.choice is not None:
+        return int(sample.choice != IGNORED)
     return sum(label != IGNORED for label in sample.labels[1:])

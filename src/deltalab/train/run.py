@@ -15,6 +15,7 @@ from deltalab.core.files import owned, remove, write_json
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
+from deltalab.data.choices import encode_choices
 from deltalab.data.collate import collate
 from deltalab.data.metrics import Measures
 from deltalab.data.tasks import Task
@@ -22,6 +23,7 @@ from deltalab.deltas.adapt import Batches, trainable
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec
+from deltalab.models.heads import is_classifier, is_encoder
 from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
@@ -64,8 +66,9 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
         device = processes().device
         # a frozen base may be 16 bit; weights that train stay fp32 and only their use is cast
+        head, labels = head_of(spec)
         model, tokenizer = load(
-            spec.model, dtype="float32" if own_weights else spec.run.dtype,
+            spec.model, head=head, labels=labels, dtype="float32" if own_weights or labels else spec.run.dtype,
             device_map=None if device.type == "cpu" else device,
             quantize=spec.quantize, adapt=spec.adapt, seed=spec.seed, calibration=calibration(spec, conversations, tests),
         )  # fmt: skip
@@ -94,17 +97,32 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         return home / "record.json"
 
 
+def head_of(spec: TrainSpec) -> tuple[str | None, int | None]:
+    """What `load` is asked for: the head, and its number of classes; None where it is the model's own.
+
+    Raises: UserError if the tasks are not choices among one number of answers, and the model is to be a classifier.
+    """
+    if spec.head == "CausalLM" or (spec.head is None and not is_encoder(load_tokenizer(spec.model)[0])):
+        return spec.head, None
+    counts = {task.task: len(task.choices) for task in spec.data}
+    if 0 in counts.values() or len(set(counts.values())) > 1:
+        raise UserError(f"'{spec.model}' is to choose among classes, and the tasks are not choices among one number of them.",
+                        found=", ".join(f"{task}: {count or 'no choices'}" for task, count in counts.items()),
+                        next="tasks like sst2, rte, mrpc, or rows with answers; or a model that writes text")  # fmt: skip
+    return "SequenceClassification", next(iter(counts.values()))
+
+
 def fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Samples, test: Samples, spec: LoopSpec,
     folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
 ) -> TrainResult:  # fmt: skip
     """Encode, hold out, and run the loop in `folder`, which the caller holds."""
     progress = progress and processes().is_main_process
-    context = context_of(model, spec)
-    samples = as_encodings(tokenizer, data, context, spec)
+    context, classes = context_of(model, spec), is_classifier(model)
+    samples = as_encodings(tokenizer, data, context, spec, classes)
     say(f"  data: {samples}", progress)
     if len(test):
-        train_set, held_out = list(samples), _some(as_encodings(tokenizer, test, context, spec), spec)
+        train_set, held_out = list(samples), _some(as_encodings(tokenizer, test, context, spec, classes), spec)
     else:
         train_set, held_out = hold_out(samples, spec)
     if not sum(sample.counted for sample in train_set):
@@ -135,7 +153,7 @@ def calibration(spec: TrainSpec, data: Samples, test: Samples) -> Batches | None
     if not looks_at_activations(spec.adapt):
         return None
     config, tokenizer = load_tokenizer(spec.model)
-    samples = as_encodings(tokenizer, data, context_of(config, spec), spec)
+    samples = as_encodings(tokenizer, data, context_of(config, spec), spec, head_of(spec)[1] is not None)
     return first_batches(list(samples) if len(test) else hold_out(samples, spec)[0], tokenizer, spec)
 
 
@@ -184,8 +202,13 @@ def context_of(model: torch.nn.Module | PretrainedConfig, spec: LoopSpec) -> int
     return asked or min(most or LONGEST, LONGEST)
 
 
-def as_encodings(tokenizer: PreTrainedTokenizerBase, data: Samples, context: int, spec: LoopSpec) -> Encodings:
-    """Conversations encoded; samples that are encoded already as they come, each checked against the context."""
+def as_encodings(
+    tokenizer: PreTrainedTokenizerBase, data: Samples, context: int, spec: LoopSpec, classes: bool = False
+) -> Encodings:
+    """Conversations encoded; samples that are encoded already as they come, each checked against the context.
+
+    classes: for a classifier.
+    """
     if isinstance(data, Encodings):
         return data
     if len(data) and isinstance(data[0], Encoded):
@@ -196,7 +219,8 @@ def as_encodings(tokenizer: PreTrainedTokenizerBase, data: Samples, context: int
                 next="encode with that context, or raise run.context",
             )
         return Encodings(tuple(data))  # type: ignore[arg-type]
-    return encode_all(tokenizer, data, context, spec.run.too_long)  # type: ignore[arg-type]
+    encoded = encode_choices if classes else encode_all
+    return encoded(tokenizer, data, context, spec.run.too_long)  # type: ignore[arg-type]
 
 
 def hold_out(samples: Sequence[Encoded], spec: LoopSpec) -> tuple[list[Encoded], list[Encoded]]:

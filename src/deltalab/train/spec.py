@@ -99,10 +99,12 @@ class LoopSpec(Spec):
 class TrainSpec(LoopSpec):
     """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`.
 
-    quantize: the linears of its blocks to nf4, int8 or int4-group while it is loaded, see `deltalab.load`.
+    quantize: the linears of its blocks to nf4, int8 or int4-group while it is loaded, see `deltalab.load`. head: null for what
+    the model has, but an encoder gets one of classes where the tasks are choices.
     """
 
     model: str
+    head: Literal["CausalLM", "SequenceClassification"] | None = None
     quantize: Quantisation | None = None
     adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)
     data: Annotated[list[DataSpec], Field(min_length=1)]

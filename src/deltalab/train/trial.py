@@ -67,6 +67,10 @@ def choose_packing(run: RunSpec, model: nn.Module, samples: Sequence[Encoded]) -
 
     samples: whose tokens are tried. Raises: UserError if packing is asked for and the model cannot.
     """
+    if samples and samples[0].choice is not None:
+        if run.pack:
+            raise _cannot(model, "a classifier has one output for a row", "leave run.pack out")
+        return Packing(False, "a classifier has one output for a row", run.tokens)
     if run.pack is False:
         return Packing(False, "run.pack=false", run.tokens)
     why = why_not_packed(model, samples)
