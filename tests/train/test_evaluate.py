@@ -129,3 +129,20 @@ def sst2(folder):
     path = folder / "sst2.tsv"
     path.write_text("sentence\tlabel\n" + "".join(f"film {i}\t{i % 2}\n" for i in range(8)))
     return str(path)
+
+
+def test_a_run_says_every_measure(tmp_path, rows):
+    from deltalab.cli.train import summary as said
+    from deltalab.train import EvalSpec, OptimSpec, TrainSpec, run_spec
+
+    (tmp_path / "t.txt").write_text("abc\n\nde")
+    data = [own(rows, metrics=("exact", "rouge-l"), new_tokens=2),
+            TextTask(path=str(tmp_path / "t.txt"), test_path=str(tmp_path / "t.txt")), own(rows, answers=("mot", "rien"))]  # fmt: skip
+    spec = TrainSpec(model="organism", adapt=[{"method": "lora", "targets": "q,v", "r": 2}], eval=EvalSpec(fraction=0),
+                     data=data, optim=OptimSpec(steps=1, batch=2), output=str(tmp_path / "run"))  # fmt: skip
+    text = said(read_record(run_spec(spec, progress=False)), tmp_path / "run")
+    assert "rows       exact 0.000 → 0.000 [0.000, 0.390], rouge_l" in text
+    assert "text       loss " in text
+    assert ", perplexity " in text
+    assert "rows.2     accuracy " in text
+    assert text.count("n = 6") == 2

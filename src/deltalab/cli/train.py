@@ -25,6 +25,17 @@ def command(
         print(summary(read_record(path), path.parent))
 
 
+def scores(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A task's measures, the interval with the first of them."""
+    parts = []
+    for name, value in after.items():
+        if name not in ("low", "high", "n"):
+            was = f"{before[name]:.3f} → " if before.get(name) is not None else ""
+            wide = f" [{after['low']:.3f}, {after['high']:.3f}]" if "low" in after and not parts else ""
+            parts.append(f"{name} {was}{value:.3f}{wide}")
+    return ", ".join(parts) + (f", n = {after['n']}" if "n" in after else "")
+
+
 def summary(record: dict[str, Any], folder: Path) -> str:
     """A finished run in a few lines."""
     result, sizes = record["result"], record["sizes"]
@@ -35,10 +46,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
         best = f", best {result['best']['loss']:.3f} at step {result['best']['step']}" if result["best"] else ""
         lines.append(f"  held-out   {result['held_out'][0]:.3f} → {result['held_out'][-1]:.3f}{best}")
     for task, after in record["scores"]["after"].items():
-        before = record["scores"]["before"][task]
-        lines.append(
-            f"  {task:<10} accuracy {before['accuracy']:.3f} → {after['accuracy']:.3f} [{after['low']:.3f}, {after['high']:.3f}], n = {after['n']}"
-        )
+        lines.append(f"  {task:<10} {scores(record['scores']['before'].get(task, {}), after)}")
     lines.append(
         f"  trained    {sizes['trained']:,} of {sizes['base']:,} parameters; adapter {sizes['adapter_bytes'] / 1024:,.0f} KiB"
     )
