@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from deltalab.core.errors import UserError
+from deltalab.core.machine import jobs_for
 from deltalab.core.spec import build, load_spec
 from deltalab.studies import PRESETS, module_of
-from deltalab.studies.lanes import Workers, jobs_for
+from deltalab.studies.lanes import Workers
 from tests.bad_input.kit import save_model
 from tests.helpers import ROOT
 
@@ -193,8 +194,8 @@ def test_a_users_mistake_in_a_worker_is_told_in_words(tmp_path, model):
 
 
 def test_jobs_fit_processors_memory_and_lanes(monkeypatch):
-    monkeypatch.setattr("deltalab.studies.lanes.cores", lambda: 8)
-    monkeypatch.setattr("deltalab.studies.lanes.available_memory", lambda: 20 * 2**30)
+    monkeypatch.setattr("deltalab.core.machine.cores", lambda: 8)
+    monkeypatch.setattr("deltalab.core.machine.available_memory", lambda: 20 * 2**30)
     assert jobs_for(1, 2**20, 30) == 8
     assert jobs_for(1, 2**20, 3) == 3
     assert jobs_for(8, 2**20, 3) == 1

@@ -27,7 +27,7 @@ def command(
 
 def scores(before: dict[str, Any], after: dict[str, Any]) -> str:
     """A task's measures, the interval with the first of them."""
-    parts = []
+    parts: list[str] = []
     for name, value in after.items():
         if name not in ("low", "high", "n"):
             was = f"{before[name]:.3f} → " if before.get(name) is not None else ""

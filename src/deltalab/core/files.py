@@ -120,9 +120,13 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
 
 
+class InUse(UserError):
+    """A folder that another process holds."""
+
+
 @contextlib.contextmanager
 def owned(folder: str | Path, verb: str = "run") -> Iterator[Path]:
-    """Makes `folder` and holds it for this process: a second one gets a `UserError`. A crash releases it."""
+    """Makes `folder` and holds it for this process: a second one gets `InUse`. A crash releases it."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output '{folder}' is a file, a folder is needed.", next="choose another output folder")
@@ -133,7 +137,7 @@ def owned(folder: str | Path, verb: str = "run") -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"output folder '{folder}' is in use.", found=f"held by {os.read(lock, 100).decode() or 'another process'}",
+            raise InUse(f"output folder '{folder}' is in use.", found=f"held by {os.read(lock, 100).decode() or 'another process'}",
                             next=f"wait for it, or {verb} with another output folder") from None  # fmt: skip
         except OSError:
             pass  # a file system without locks, as some network ones are: two runs are then the user's to keep apart

@@ -126,6 +126,11 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     return out
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b` in a spec's values, in place; parts of the key are as in `override`. Raises: UserError where there is no such place."""
+    _set(values, key.split("."), value, key)
+
+
 def _set(node: Any, parts: list[str], value: Any, item: str) -> None:
     """Set `node[parts[0]][parts[1]]… = value`, making the mappings in between that are not there."""
     first, rest = parts[0], parts[1:]

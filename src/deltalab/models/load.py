@@ -124,6 +124,12 @@ def load_tokenizer(
     return config, tokenizer
 
 
+def weight_bytes(name: str | Path) -> int:
+    """Bytes of a model's weight files, if it is bundled or a folder; 0 for a name of the hub."""
+    folder = Path(_bundled(str(name)) if _is_bundled(str(name)) else name).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def model_digest(model: nn.Module) -> str:
     """Twelve hex digits of the SHA-256 of the base weights, names and dtypes included; the same adapted or not."""
     digest = hashlib.sha256()

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.machine import settle_threads
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
 from deltalab.deltas.base import weight_of
@@ -26,7 +27,6 @@ from deltalab.deltas.spec import ParameterSpec
 from deltalab.models.load import BUNDLED, check_folder, load
 from deltalab.safety.scores import Cost, cost
 from deltalab.studies.behaviour import questions
-from deltalab.studies.lanes import settle_threads
 from deltalab.studies.parts import ArmSpec, loop_of
 from deltalab.studies.stages import Estimate, Stage
 from deltalab.train.run import context_of

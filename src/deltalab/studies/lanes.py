@@ -18,45 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltalab.core.errors import UserError
 from deltalab.core.files import read_json
 from deltalab.core.spec import build
 from deltalab.studies import STUDIES, module_of
 from deltalab.studies.stages import Context, Stage, done_or_do
-
-SMALL = 50_000_000
-"""Parameters below which one thread a process is the fastest, and a process a core."""
-
-
-def settle_threads(parameters: int) -> None:
-    """Compute with the threads that a model of this size always gets: results depend on their number, bit by bit."""
-    torch.set_num_threads(1 if parameters < SMALL else cores())
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def jobs_for(threads: int, memory: float | None, lanes: int) -> int:
-    """How many lanes fit side by side: by cores, by free memory (`memory`: bytes of one), and by how many there are."""
-    fitting = lanes if not memory else int(0.8 * available_memory() / (memory + INTERPRETER))
-    return max(1, min(cores() // threads, fitting, lanes))
-
-
-INTERPRETER = 600 * 2**20
-"""Bytes that Python with torch and transformers takes before any model."""
-
-
-def available_memory() -> int:
-    """Free bytes of main memory, as the system counts them; all of it where it does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
 
 # ---- the parent ---------------------------------------------------------------------------------------------------
 

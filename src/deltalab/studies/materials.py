@@ -10,6 +10,7 @@ import accelerate
 import torch
 from torch import nn
 
+from deltalab.core.machine import settle_threads
 from deltalab.core.spec import digest
 from deltalab.data.chat import Encodings, encode_all
 from deltalab.data.tasks import Task
@@ -19,7 +20,6 @@ from deltalab.models.load import load, model_digest
 from deltalab.safety.groups import Group
 from deltalab.safety.scores import ScoreSpec
 from deltalab.studies import behaviour
-from deltalab.studies.lanes import settle_threads
 from deltalab.studies.parts import EvaluateSpec, TuneSpec, loop_of
 from deltalab.studies.stages import Context
 from deltalab.train.run import context_of, first_batches, hold_out, looks_at_activations

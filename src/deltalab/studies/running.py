@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltalab.core.machine import jobs_for
 from deltalab.core.spec import Spec
 from deltalab.studies import lanes
 from deltalab.studies.estimates import estimated
@@ -36,7 +37,7 @@ def crew(kind: str, ctx: Context, spec: Spec, steps: list[Stage], count: int, jo
         if count < 2 or torch.accelerator.is_available():
             return None  # one device: tunings side by side would only share it
         memory = max((s.estimate.memory or 0 for s in estimated(spec, steps) if s.lane), default=0)
-        jobs = lanes.jobs_for(threads, memory, count)
+        jobs = jobs_for(threads, memory, count)
     if jobs < 2:
         return None
     ctx.say(f"{min(jobs, count)} tunings side by side, {threads} thread{'s' * (threads > 1)} each")

@@ -1,0 +1,79 @@
+"""`deltalab sweep SPEC`: many runs side by side, and one table over them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from deltalab.lab.trials import Sweep
+
+
+def command(
+    spec: Annotated[Path, typer.Argument(help="spec of the sweep (YAML), or with --status its folder")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="changes to the spec: base.optim.steps=100 seeds=[42]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="the sweep's folder; runs/<spec's name> if not given")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="trials side by side; as many as fit if not given")] = None,
+    shard: Annotated[str | None, typer.Option(help="this machine's part of the trials: 1/4 … 4/4")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False,
+    status: Annotated[bool, typer.Option("--status", help="how far a sweep is, from any terminal")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, and run none")] = False,
+) -> None:
+    """Run every trial of a sweep. The same command goes on where it was stopped; what is finished never runs again."""
+    from deltalab.core.spec import load_spec
+    from deltalab.lab.spec import SweepSpec, trials
+    from deltalab.lab.trials import create, find, forget_failures, share
+
+    if status:
+        print(table(find(spec)))
+        return
+    read = load_spec(SweepSpec, spec, overrides or [])
+    if dry_run:
+        found = trials(read)
+        print("\n".join([f"{len(found)} trials", *(f"  {trial.id}  {trial.label}" for trial in found)]))
+        return
+    sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
+    if retry:
+        forget_failures(sweep)
+    run(sweep, share(sweep.trials, shard), shard, jobs)
+    print(table(sweep))
+
+
+def run(sweep: "Sweep", mine: list, shard: str | None, jobs: int | None) -> None:  # type: ignore[type-arg]
+    """Run what is left, and write the table."""
+    from deltalab.core.machine import SMALL, cores, jobs_for
+    from deltalab.lab.local import Crew
+    from deltalab.lab.table import TABLE, write
+    from deltalab.models.load import weight_bytes
+
+    left = [trial for trial in mine if sweep.state(trial) not in ("finished", "failed")]
+    if left:
+        size = max(weight_bytes(trial.spec.model) for trial in left)
+        threads = 1 if size < 4 * SMALL else cores()
+        at_once = jobs or jobs_for(threads, 4.0 * size, len(left))
+        print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {threads} thread{'s' * (threads > 1)} each")  # fmt: skip
+        Crew(sweep, left, shard, at_once, threads).run()
+    if any(state == "finished" for state in sweep.states().values()):
+        print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
+
+
+def table(sweep: "Sweep") -> str:
+    """Each trial with its state; of those that run, the step; of failed ones, why."""
+    from collections import Counter
+
+    from deltalab.lab.trials import failure, step_of
+
+    states, lines = sweep.states(), []
+    for trial in sweep.trials:
+        state = states[trial.id]
+        note = ""
+        if state in ("running", "begun"):
+            note = f"step {step_of(sweep, trial)}"
+        elif state == "failed":
+            note = failure(sweep, trial)["error"].splitlines()[0]
+        lines.append(f"  {state:<9} {trial.id}  {trial.label}" + (f"  ({note})" if note else ""))
+    counts = Counter(states.values())
+    told = ", ".join(f"{n} {state}" for state, n in counts.items())
+    return "\n".join([f"{sweep.folder}: {len(sweep.trials)} trials, {told}", *lines])

@@ -1,0 +1,68 @@
+"""One table over all runs of a sweep: a row a finished trial, its settings, measures and costs as columns."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltalab.core.files import read_json, replacing
+from deltalab.core.records import read_record
+from deltalab.lab.spec import Trial, short
+from deltalab.lab.trials import Sweep, find
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLE = "results.parquet"
+
+
+def load(folder: str | Path) -> "pd.DataFrame":
+    """The finished trials of the sweep in a folder, in its order.
+
+    Columns: id; group, the settings in words; each setting by its key, and `seed`; `score.<task>.<measure>` after training, `before.…` before it;
+    loss; trained, base and adapter_bytes; seconds of the whole run and of training; tokens; steps.
+    Raises: UserError if there is no sweep.
+    """
+    import pandas as pd
+
+    sweep = find(folder)
+    return pd.DataFrame([row(sweep, trial) for trial in sweep.trials if sweep.state(trial) == "finished"])
+
+
+def write(sweep: Sweep) -> Path:
+    """The table as one Parquet file in the sweep's folder; its path."""
+    frame = load(sweep.folder)
+    with replacing(sweep.folder / TABLE) as tmp:
+        frame.to_parquet(tmp)
+    return sweep.folder / TABLE
+
+
+def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
+    """One trial."""
+    record = read_record(sweep.place(trial))
+    result, sizes = record["result"], record["sizes"]
+    settings = {key: value if isinstance(value, (int, float, str, bool)) or value is None else short(value)
+                for key, value in trial.settings.items()}  # fmt: skip
+    return {
+        "id": trial.id, "group": trial.group, **settings, "seed": record["seed"],
+        **_scores("score", record["scores"]["after"]), **_scores("before", record["scores"]["before"]),
+        "loss": result["loss"][1], "held_out": result["held_out"][-1] if result["held_out"] else None,
+        "trained": sizes["trained"], "base": sizes["base"], "adapter_bytes": sizes["adapter_bytes"],
+        "seconds": record["seconds"], "training_seconds": result["training_seconds"],
+        "tokens": result["tokens"], "steps": result["steps"],
+    }  # fmt: skip
+
+
+def examples(sweep: Sweep, trial: Trial) -> dict[str, list[float]]:
+    """The values of single examples after training, by `<task>.<measure>`; empty if the trial has none."""
+    path = sweep.place(trial) / "examples.json"
+    if not path.is_file():
+        return {}
+    after = read_json(path, "examples")["after"]
+    return {f"{task}.{measure}": items for task, found in after.items() for measure, items in found.items()}
+
+
+def _scores(before: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{before}.{task}.{name}": value
+        for task, found in scores.items() for name, value in found.items() if name not in ("low", "high", "n")
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""A sweep on the disk: its spec, a folder a trial, and whoever works on it.
+
+    sweep.json              the spec, and its trials: id, settings
+    trials/<id>/            what `deltalab train` leaves: adapter, curves, record.json; or failed.json
+
+A trial is taken by the lock of its folder and is finished when its record is there. So any number of processes, on one
+machine or on several that share the folder, can work on a sweep without talking to each other: what one of them that is
+killed had begun is free again at once, and goes on from its checkpoint.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deltalab.core.errors import UserError
+from deltalab.core.files import InUse, read_json, remove, write_json
+from deltalab.core.spec import build
+from deltalab.lab.spec import SweepSpec, Trial, trials
+
+State = Literal["finished", "failed", "running", "begun", "waiting"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A folder with its spec and trials."""
+
+    folder: Path
+    spec: SweepSpec
+    trials: list[Trial]
+
+    def place(self, trial: Trial) -> Path:
+        """The trial's folder."""
+        return self.folder / "trials" / trial.id
+
+    def state(self, trial: Trial) -> State:
+        """How far a trial is. begun: nobody works on it now."""
+        place = self.place(trial)
+        if (place / "record.json").is_file():
+            return "finished"
+        if (place / "failed.json").is_file():
+            return "failed"
+        if not place.is_dir():
+            return "waiting"
+        return "running" if _held(place) else "begun"
+
+    def states(self) -> dict[str, State]:
+        """Trial's id -> state, of all."""
+        return {trial.id: self.state(trial) for trial in self.trials}
+
+
+def create(spec: SweepSpec, folder: str | Path) -> Sweep:
+    """The sweep in `folder`, made or found there; a spec that grew keeps the trials that it had.
+
+    Raises: UserError for a trial that is no run, or a folder that holds something else.
+    """
+    folder = Path(folder)
+    made = Sweep(folder, spec, trials(spec))
+    if folder.exists() and not (folder / "sweep.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' holds something else than a sweep.", next="choose another folder: --output")
+    listed = [{"id": trial.id, "settings": dict(trial.settings), "seed": trial.spec.seed} for trial in made.trials]
+    write_json(folder / "sweep.json", {"format": 1, "spec": spec.plain(), "trials": listed})
+    return made
+
+
+def find(folder: str | Path) -> Sweep:
+    """The sweep that lies in a folder. Raises: UserError if none does."""
+    path = Path(folder) / "sweep.json"
+    if not path.is_file():
+        raise UserError(f"'{folder}' holds no sweep.", found="no sweep.json there", next="deltalab sweep SPEC --output FOLDER makes one")  # fmt: skip
+    spec = build(SweepSpec, read_json(path, "sweep")["spec"], str(path))
+    return Sweep(Path(folder), spec, trials(spec))
+
+
+def work(
+    sweep: Sweep, mine: Sequence[Trial], say: Callable[[str], None] = lambda _: None,
+    begin: Callable[[Trial], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Run what is left of these trials, one after the other, past those that others hold; returns when none is free.
+
+    A trial that fails is recorded with its error, and the rest go on. begin: called with each that is to be run.
+    """
+    free = True
+    while free:
+        free = False
+        for trial in mine:
+            if sweep.state(trial) in ("waiting", "begun"):
+                # one that another process took, or looked at, in this moment may be free again
+                begin(trial)
+                free |= run_one(sweep, trial, say) == "running"
+        if free:
+            time.sleep(0.2)
+
+
+def run_one(sweep: Sweep, trial: Trial, say: Callable[[str], None] = lambda _: None) -> State:
+    """Run one trial to its end, unless somebody else does."""
+    from deltalab.train import run_spec
+
+    try:
+        run_spec(trial.spec, sweep.place(trial), progress=False)
+    except InUse:
+        return "running"
+    except Exception as error:
+        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        fail(sweep, trial, told, traceback.format_exc())
+        say(f"failed: {trial.label}: {told.splitlines()[0]}")
+        return "failed"
+    say(f"finished: {trial.label}")
+    return "finished"
+
+
+def fail(sweep: Sweep, trial: Trial, error: str, trace: str = "") -> None:
+    """Record that a trial failed; it does not run again unless that is asked for."""
+    place = sweep.place(trial)
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "failed.json", {"error": error, "traceback": trace})
+
+
+def forget_failures(sweep: Sweep) -> int:
+    """Failed trials are free again; how many there were."""
+    failed = [sweep.place(trial) for trial in sweep.trials if sweep.state(trial) == "failed"]
+    for place in failed:
+        remove(place / "failed.json")
+    return len(failed)
+
+
+def share(found: Sequence[Trial], shard: str | None) -> list[Trial]:
+    """The trials of shard `i/n`, i from 1: every n-th. Raises: UserError for what is no such pair."""
+    if shard is None:
+        return list(found)
+    part, _, of = shard.partition("/")
+    if not (part.isdigit() and of.isdigit() and 1 <= int(part) <= int(of)):
+        raise UserError(
+            f"--shard {shard} is no part of a whole.", next="--shard 1/4 … --shard 4/4, one on each machine"
+        )
+    return list(found[int(part) - 1 :: int(of)])
+
+
+def failure(sweep: Sweep, trial: Trial) -> dict[str, Any]:
+    """error and traceback of a failed trial."""
+    return dict(read_json(sweep.place(trial) / "failed.json", "failure"))
+
+
+def step_of(sweep: Sweep, trial: Trial) -> int:
+    """The last step that a trial has told of."""
+    path = sweep.place(trial) / "curves" / "train.jsonl"
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        return int(json.loads(path.read_text().splitlines()[-1])["step"])
+    return 0
+
+
+def _held(place: Path) -> bool:
+    """Whether a process has the folder's lock."""
+    with _opened(place / ".lock") as lock:
+        if lock is None:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)
