@@ -21,6 +21,7 @@ VERBS = {
     "study": "run a whole study from a spec: deltalab study drift SPEC",
     "train": "train a delta from a spec, and keep its adapter, curves and record",
     "sweep": "run many trainings side by side from one spec, and make one table: deltalab sweep SPEC",
+    "compare": "compare the runs of a sweep, or single ones, with intervals and tests: deltalab compare RUNS --baseline NAME",
     "merge": "merge an adapter into its base, and say what that costs: deltalab merge BASE ADAPTER OUT",
     "export": "write an adapter for vLLM or peft, or the model that it merges to: deltalab export BASE ADAPTER OUT",
     "generate": "reply to prompts, with adapters side by side: deltalab generate MODEL --adapter NAME=FOLDER",

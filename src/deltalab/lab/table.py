@@ -38,12 +38,16 @@ def write(sweep: Sweep) -> Path:
 
 def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
     """One trial."""
-    record = read_record(sweep.place(trial))
-    result, sizes = record["result"], record["sizes"]
     settings = {key: value if isinstance(value, (int, float, str, bool)) or value is None else short(value)
                 for key, value in trial.settings.items()}  # fmt: skip
+    return {"id": trial.id, "group": trial.group, **settings, **row_of(read_record(sweep.place(trial)))}
+
+
+def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record tells in numbers."""
+    result, sizes = record["result"], record["sizes"]
     return {
-        "id": trial.id, "group": trial.group, **settings, "seed": record["seed"],
+        "seed": record["seed"],
         **_scores("score", record["scores"]["after"]), **_scores("before", record["scores"]["before"]),
         "loss": result["loss"][1], "held_out": result["held_out"][-1] if result["held_out"] else None,
         "trained": sizes["trained"], "base": sizes["base"], "adapter_bytes": sizes["adapter_bytes"],
@@ -54,7 +58,12 @@ def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
 
 def examples(sweep: Sweep, trial: Trial) -> dict[str, list[float]]:
     """The values of single examples after training, by `<task>.<measure>`; empty if the trial has none."""
-    path = sweep.place(trial) / "examples.json"
+    return examples_in(sweep.place(trial))
+
+
+def examples_in(run: Path) -> dict[str, list[float]]:
+    """The same of a run's folder."""
+    path = run / "examples.json"
     if not path.is_file():
         return {}
     after = read_json(path, "examples")["after"]

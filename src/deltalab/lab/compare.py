@@ -1,0 +1,197 @@
+"""Groups of runs beside each other: means over seeds with intervals, tests against a baseline, what is within noise.
+
+A group is a setting with its seeds. What two groups share decides the test of their difference:
+
+    the same seeds and the same examples    the table of differences, seeds × examples (`core.stats.crossed`); of one seed,
+                                            Student's over examples
+    the same seeds                          Student's over the seeds' differences
+    other seeds                             Welch's over seeds
+
+p-values of one comparison are corrected together (Holm 1979). A difference whose corrected p is not below α is called within
+noise, whatever its size.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats as sps
+
+from deltalab.core.errors import UserError, nearest
+from deltalab.core.records import read_record
+from deltalab.core.spec import digest
+from deltalab.core.stats import Estimate, Interval, crossed, holm, share_interval, student, t_interval
+from deltalab.lab.table import examples, examples_in, row, row_of
+from deltalab.lab.trials import find
+
+ALPHA = 0.05
+FALLING = ("loss", "perplexity", "held_out")
+"""Ends of the names of measures of which less is better."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. values: its table row. items: the values of single examples, by `<task>.<measure>`."""
+
+    group: str
+    seed: int
+    values: Mapping[str, Any]
+    items: Mapping[str, Sequence[float]]
+
+    def examples(self, measure: str) -> Sequence[float] | None:
+        """The values of single examples whose mean a measure is, if it is one."""
+        return self.items.get(measure.removeprefix("score."))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a group to the baseline, in a measure: its interval, how it was tested, p, and p corrected for the table."""
+
+    interval: Interval
+    how: str
+    p: float
+    corrected: float = math.nan
+
+
+@dataclass(frozen=True)
+class Line:
+    """A group in one measure. interval: of its mean over seeds, or of one seed's examples; None where neither is known."""
+
+    group: str
+    measure: str
+    seeds: tuple[int, ...]
+    mean: float
+    interval: Interval | None
+    difference: Difference | None = None
+
+    @property
+    def rises(self) -> bool:
+        """Whether more is better."""
+        return not self.measure.endswith(FALLING)
+
+    def verdict(self, alpha: float = ALPHA) -> str:
+        """The difference in words; nothing for the baseline, or where no test can be made."""
+        if self.difference is None:
+            return ""
+        if not self.difference.corrected < alpha:
+            return "within noise"
+        return "better" if (self.difference.interval.value > 0) is self.rises else "worse"
+
+
+def runs_of(folders: Sequence[str | Path]) -> list[Run]:
+    """The finished runs of sweeps and of single runs. Single runs are one group if their specs differ in the seed alone.
+
+    Raises: UserError for a folder that holds neither, or nothing finished.
+    """
+    found: list[Run] = []
+    names: dict[str, str] = {}
+    for folder in map(Path, folders):
+        if (folder / "sweep.json").is_file():
+            sweep = find(folder)
+            done = [trial for trial in sweep.trials if sweep.state(trial) == "finished"]
+            found += [Run(t.group, t.spec.seed, row(sweep, t), examples(sweep, t)) for t in done]
+        else:
+            record = read_record(folder)
+            if record["kind"] != "train":
+                raise UserError(f"'{folder}' is no training run.", found=f"the record of a {record['kind']}")
+            same = digest({key: value for key, value in record["spec"].items() if key not in ("seed", "output")})
+            group = names.setdefault(same, folder.name)
+            found.append(Run(group, record["seed"], row_of(record), examples_in(folder)))
+    if not found:
+        raise UserError("no finished run is there to compare.", found=", ".join(map(str, folders)), next="deltalab sweep FOLDER --status")  # fmt: skip
+    return found
+
+
+def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None = None) -> list[Line]:
+    """Every group in every measure, the baseline first in each; without a baseline nothing is tested.
+
+    Raises: UserError for a measure or a baseline that there is not.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    if baseline is not None and baseline not in groups:
+        raise UserError(f"no group is called '{baseline}'.", nearest=nearest(baseline, groups) or list(groups))
+    known = measures_of(runs)
+    for measure in measures:
+        if measure not in known:
+            raise UserError(f"no run has the measure '{measure}'.", nearest=nearest(measure, known) or known)
+    order = [*([baseline] if baseline else []), *(name for name in groups if name != baseline)]
+    lines = [_line(name, groups[name], measure) for measure in measures for name in order]
+    if baseline is None:
+        return lines
+    tested = [_difference(groups[line.group], groups[baseline], line.measure) if line.group != baseline else None for line in lines]  # fmt: skip
+    corrected = iter(holm([d.p for d in tested if d is not None]).tolist() if any(tested) else [])
+    return [
+        line if d is None else Line(line.group, line.measure, line.seeds, line.mean, line.interval, Difference(d.interval, d.how, d.p, next(corrected)))
+        for line, d in zip(lines, tested, strict=True)
+    ]  # fmt: skip
+
+
+def measures_of(runs: Sequence[Run]) -> list[str]:
+    """Names of what the runs measured: scores first, then losses."""
+    names = dict.fromkeys(key for run in runs for key, value in run.values.items() if isinstance(value, float))
+    scores = [name for name in names if name.startswith("score.")]
+    return [*scores, *(name for name in ("held_out", "loss") if name in names)]
+
+
+def pareto(lines: Sequence[Line], costs: Mapping[str, float]) -> list[str]:
+    """The groups that no other beats in both, quality (the lines' means) and cost; the cheapest first."""
+    sign = 1 if not lines or lines[0].rises else -1
+    points = {line.group: (costs[line.group], -sign * line.mean) for line in lines}
+    kept = [
+        name for name, point in points.items()
+        if not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points.values())
+    ]  # fmt: skip
+    return sorted(kept, key=lambda name: points[name])
+
+
+def cost_of(runs: Sequence[Run], column: str) -> dict[str, float]:
+    """Group -> the mean of a column over its seeds: trained, seconds, adapter_bytes."""
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(float(run.values[column]))
+    return {name: float(np.mean(values)) for name, values in groups.items()}
+
+
+def _line(group: str, runs: Sequence[Run], measure: str) -> Line:
+    there = [run for run in runs if run.values.get(measure) is not None]
+    values = [float(run.values[measure]) for run in there]
+    items = [run.examples(measure) for run in there]
+    interval: Interval | None = None
+    if all(kept is not None and set(kept) <= {0.0, 1.0} and kept for kept in items) and len({len(kept or ()) for kept in items}) == 1:  # fmt: skip
+        interval = share_interval([kept for kept in items if kept is not None])
+    elif len(values) > 1:
+        interval = t_interval(values)
+    elif items and items[0] is not None and len(items[0]) > 1:
+        interval = t_interval(items[0])
+    mean = float(np.mean(values)) if values else math.nan
+    return Line(group, measure, tuple(run.seed for run in there), mean, interval)
+
+
+def _difference(runs: Sequence[Run], baseline: Sequence[Run], measure: str) -> Difference | None:
+    """The test that what the groups share allows; None where there is nothing to tell a difference from."""
+    ours, theirs = ({run.seed: run for run in group if run.values.get(measure) is not None} for group in (runs, baseline))  # fmt: skip
+    seeds = [seed for seed in ours if seed in theirs]
+    pairs = [(ours[seed].examples(measure), theirs[seed].examples(measure)) for seed in seeds]
+    lengths = {len(kept) for pair in pairs for kept in pair if kept is not None}
+    if pairs and all(a is not None and b is not None for a, b in pairs) and len(lengths) == 1 and lengths.pop() > 1:
+        table = np.array([np.subtract(a, b) for a, b in pairs])  # type: ignore[arg-type]
+        found = student(table[0]) if len(table) == 1 else crossed(table)
+        return _told(found, f"{len(table)} seed{'s' * (len(table) > 1)} × {table.shape[1]} examples, paired")
+    if len(seeds) > 1:
+        found = student([float(ours[s].values[measure]) - float(theirs[s].values[measure]) for s in seeds])
+        return _told(found, f"{len(seeds)} seeds, paired")
+    a, b = ([float(run.values[measure]) for run in group.values()] for group in (ours, theirs))
+    if min(len(a), len(b)) < 2:
+        return None
+    test = sps.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return Difference(Interval(float(np.mean(a) - np.mean(b)), float(low), float(high)), f"{len(a)} and {len(b)} seeds", float(test.pvalue))  # fmt: skip
+
+
+def _told(found: Estimate, how: str) -> Difference:
+    return Difference(found.interval(), how, found.p())
