@@ -1,0 +1,174 @@
+"""`deltalab inspect ADAPTER|RUN|MODEL …`: the spectra and ranks inside changes of weights, and what several have in common."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from deltalab.measure.inside import Inside
+    from deltalab.measure.spectrum import Spectrum
+
+    Found = tuple[list[Inside], dict[str, Spectrum]]
+
+SHOWN: dict[str, tuple[str, str]] = {
+    "relative": ("‖ΔW‖ / ‖W‖", ".2%"), "effective": ("effective rank", ".1f"), "utilisation": ("of the rank", ".0%"),
+    "stable": ("stable rank", ".1f"), "energy": ("rank of 90 %", ".1f"), "intruders": ("intruders", ".1f"),
+}  # fmt: skip
+
+
+COLOURS = ("blue", "orange", "green", "purple", "grey")
+
+
+def command(
+    what: Annotated[
+        list[Path], typer.Argument(help="folders of adapters or runs; of a tuned model with --base its base")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="the model that they belong to; what their files name if not given")
+    ] = None,
+    directions: Annotated[
+        int, typer.Option(min=0, help="look for intruders among so many leading directions of W + ΔW; 0: not at all")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="a folder for inspect.json and the figures")] = None,
+) -> None:
+    """How large each change is, how many of its directions matter, which are new, and how alike several changes are."""
+    from deltalab.core.errors import UserError
+    from deltalab.deltas.apart import twin
+    from deltalab.models.load import load
+
+    named = base or _base_of(what[0])
+    if named is None:
+        raise UserError(f"'{what[0]}' does not name the model that it belongs to.", next="--base MODEL")
+    model, _ = load(named)
+    plain = twin(model)
+    found = {str(place): _inside(plain, place, directions) for place in what}
+    for place, (lines, _) in found.items():
+        print(f"{place}, on {named}\n{table(lines)}\n")
+    common = _common(found)
+    if common:
+        print(f"shared directions, those of 90 % of each change (1: all; by chance in brackets)\n{common}\n")
+    if out is not None:
+        for path in _write(out, named, found):
+            print(f"written: {path}")
+
+
+def table(lines: Sequence["Inside"]) -> str:
+    """A line a kind of module, means over its layers; the last one over all."""
+    kinds = list(dict.fromkeys(line.module for line in lines))
+    keys = [key for key in SHOWN if key != "intruders" or any(line.intruders is not None for line in lines)]
+    rows = [["module", "weights", *(SHOWN[key][0] for key in keys)]]
+    for kind in [*kinds, "all"] if len(kinds) > 1 else kinds:
+        some = [line for line in lines if kind in (line.module, "all")]
+        means = [sum(float(getattr(line, key)) for line in some) / len(some) for key in keys]
+        rows.append(
+            [kind, str(len(some)), *(format(mean, SHOWN[key][1]) for key, mean in zip(keys, means, strict=True))]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = ["  " + "  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+    errors = [line.error / line.norm for line in lines if line.error and line.norm]
+    note = (
+        f"\n  of large changes without factors the first singular values alone; what they leave out is at most {max(errors):.0%} of a norm"
+        if errors
+        else ""
+    )
+    return "\n".join(text) + note
+
+
+def heat(
+    lines: Sequence["Inside"], value: Callable[["Inside"], float]
+) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Layers, kinds of module, and a value at each; None where there is none."""
+    kinds = list(dict.fromkeys(line.module for line in lines))
+    layers = sorted({line.layer for line in lines if line.layer is not None})
+    at = {(line.layer, line.module): value(line) for line in lines}
+    return [str(layer) for layer in layers], kinds, [[at.get((layer, kind)) for kind in kinds] for layer in layers]
+
+
+def _base_of(place: Path) -> str | None:
+    """The model that an adapter's or run's files name."""
+    from deltalab.core.files import read_json
+
+    if (place / "record.json").is_file():
+        return str(read_json(place / "record.json", "record")["spec"].get("model"))
+    if (place / "adapter_config.json").is_file():
+        return read_json(place / "adapter_config.json", "adapter config").get("base_model_name_or_path")  # type: ignore[no-any-return]
+    return None
+
+
+def _inside(plain: Any, place: Path, directions: int) -> "Found":
+    from deltalab.deltas.apart import apart
+    from deltalab.measure.inside import inside_deltas, inside_pair
+    from deltalab.models.load import load
+
+    adapter = place / "adapter" if (place / "adapter" / "adapter_config.json").is_file() else place
+    if not (adapter / "adapter_config.json").is_file() and (place / "config.json").is_file():
+        return inside_pair(plain, load(place)[0], directions=directions)
+    return inside_deltas(plain, apart(plain, adapter, place.name), directions=directions)
+
+
+def _common(found: "dict[str, Found]") -> str:
+    """A line a pair, the mean over the weights that both change."""
+    from deltalab.measure.inside import shared
+
+    names, lines = list(found), []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            both = list(shared(found[a][1], found[b][1]).values())
+            if both:
+                means = [sum(pair[k] for pair in both) / len(both) for k in (0, 1)]
+                lines.append(f"  {means[0]:.3f} ({means[1]:.3f})  {a}  ·  {b}, {len(both)} weights")
+            else:
+                lines.append(f"  no weight is changed by both  {a}  ·  {b}")
+    return "\n".join(lines)
+
+
+def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
+    """inspect.json, and of each change its heat maps and spectra."""
+    from dataclasses import asdict
+
+    from deltalab.core.files import write_json
+    from deltalab.deltas.select import in_attention
+    from deltalab.report.figures import save
+    from deltalab.report.panels import Grid, Plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "inspect.json"]
+    write_json(
+        written[0],
+        {"base": base, "changes": {place: [asdict(line) for line in lines] for place, (lines, _) in found.items()}},
+    )
+    for number, (place, (lines, _)) in enumerate(found.items(), 1):
+        panels: list[Any] = []
+        for name, title, value in (("relative", "‖ΔW‖ / ‖W‖, per cent", lambda x: x.relative), ("utilisation", "effective rank, per cent of the rank", lambda x: x.utilisation)):  # fmt: skip
+            rows, columns, values = heat(lines, value)
+            top = max((v for row in values for v in row if v is not None), default=1.0) or 1.0
+            if rows:
+                panels.append(Grid(name, title, rows, columns, values, top))
+        panels += [panel for words, within in (("attention", True), ("elsewhere", False))
+                   if (panel := _spectra([x for x in lines if in_attention(x.path) is within], words)) is not None]  # fmt: skip
+        written += save(Plot(f"inspect-{number}", place, "", panels, 1), out)
+    return written
+
+
+def _spectra(lines: Sequence["Inside"], where: str) -> Any:
+    """A panel of the singular values of each kind of module; None without lines."""
+    from deltalab.report.panels import Line, Lines
+
+    if not lines:
+        return None
+    longest = max(len(line.S) for line in lines)
+    curves = []
+    for number, kind in enumerate(dict.fromkeys(line.module for line in lines)):
+        some = [[*line.S, *[0.0] * (longest - len(line.S))] for line in lines if line.module == kind]
+        means = [sum(values) / len(some) for values in zip(*some, strict=True)]
+        curves.append(Line(kind, means, COLOURS[number % len(COLOURS)]))
+    return Lines(
+        f"spectra-{where}",
+        f"Singular values of ΔW, {where}, means over layers",
+        list(range(1, longest + 1)),
+        "number",
+        "σ",
+        curves,
+    )

@@ -1,0 +1,116 @@
+"""The inside of adapters and of tuned models, against dense SVDs of their own ΔW."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+
+import deltalab as dl
+from deltalab.cli import main
+from deltalab.deltas.apart import apart, twin
+from deltalab.deltas.weights import attached
+from deltalab.measure.inside import inside_deltas, inside_pair, shared
+from tests.data.test_tasks import said
+from tests.deltas.perturb import perturbed
+from tests.helpers import assert_close_by_norm, tiny_llama
+
+
+@pytest.mark.parametrize("method", [dl.LoRA(r=3), dl.DoRA(r=3), dl.IA3(), dl.AdaLoRA(init_r=3, target_r=2), dl.VeRA(r=4)], ids=lambda m: m.method)  # fmt: skip
+def test_every_method_with_a_change_of_the_weight(method):
+    model = perturbed(dl.adapt(tiny_llama(), method))
+    deltas = dict(attached(model))
+    changes = {path: dl.delta_weight(model, path).double() for path in deltas}
+    base = dl.unload(copy.deepcopy(model))
+    lines, spectra = inside_deltas(base, deltas, directions=4)
+    assert [line.path for line in lines] == list(deltas)
+    for line in lines:
+        want = torch.linalg.svdvals(changes[line.path])
+        got = torch.tensor(line.S, dtype=torch.float64)
+        n = min(len(got), len(want))
+        assert_close_by_norm(got[:n], want[:n], 1e-5)
+        assert line.norm == pytest.approx(float(changes[line.path].norm()), rel=1e-5)
+        W = base.get_submodule(line.path).weight.double()
+        assert line.relative == pytest.approx(line.norm / float(W.detach().norm()), rel=1e-5)
+        assert line.layer == int(line.path.split(".")[2])
+        assert line.module == line.path.split(".")[-1]
+        assert 0 < line.utilisation <= 1 + 1e-9
+        assert 0 <= line.intruders <= 4
+    assert set(spectra) == set(deltas)
+
+
+def test_a_tuned_model_and_its_base():
+    base, tuned = tiny_llama(), tiny_llama()
+    path = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        tuned.get_submodule(path).weight.add_(0.1 * torch.randn(tuned.get_submodule(path).weight.shape))
+    (line,), _ = inside_pair(base, tuned)
+    change = tuned.get_submodule(path).weight.double() - base.get_submodule(path).weight.double()
+    assert_close_by_norm(torch.tensor(line.S, dtype=torch.float64), torch.linalg.svdvals(change), 1e-5)
+    (few,), _ = inside_pair(base, tuned, k=3)
+    assert few.norm == pytest.approx(float(change.norm()))
+    assert few.error == pytest.approx(float(torch.linalg.svdvals(change)[3:].norm()), rel=1e-3)
+    said(lambda: inside_pair(base, copy.deepcopy(base)), "the same linears")
+    said(lambda: inside_pair(base, tiny_llama(layers=1)), "is no tuned form of")
+
+
+def test_what_two_changes_share():
+    model = tiny_llama()
+    first = perturbed(dl.adapt(copy.deepcopy(model), dl.LoRA(r=2)))
+    second = perturbed(dl.adapt(copy.deepcopy(model), dl.LoRA(r=2)), seed=5)
+    found = [inside_deltas(model, dict(attached(one)))[1] for one in (first, second)]
+    same = shared(found[0], found[0])
+    assert all(both == pytest.approx(1) for both, _ in same.values())
+    other = shared(*found)
+    assert set(other) == set(found[0])
+    assert all(0 <= both < 1 and 0 < chance < 1 for both, chance in other.values())
+    assert shared(found[0], {}) == {}
+
+
+def test_what_has_no_change_of_a_weight():
+    model = dl.adapt(tiny_llama(), dl.Bottleneck())
+    said(
+        lambda: inside_deltas(dl.unload(copy.deepcopy(model)), dict(attached(model))),
+        "nothing in it is a change",
+        "BottleneckDelta",
+    )
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", *map(str, args)])
+    return ended.value.code
+
+
+def test_the_verb(tmp_path, capsys):
+    for seed in (0, 1):
+        model = perturbed(dl.adapt(dl.load("organism")[0], dl.LoRA(r=2, targets="q,v")), seed=seed)
+        dl.save_adapter(model, tmp_path / f"a{seed}")
+    assert run(tmp_path / "a0", tmp_path / "a1", "--out", tmp_path / "out", "--directions", "3") == 0
+    shown = capsys.readouterr().out
+    assert "a0, on organism" in shown
+    assert "q_proj        4" in shown
+    assert "intruders" in shown
+    assert "shared directions" in shown
+    values = json.loads((tmp_path / "out/inspect.json").read_text())
+    assert values["base"] == "organism"
+    lines = values["changes"][str(tmp_path / "a0")]
+    base = dl.load("organism")[0]
+    want, _ = inside_deltas(twin(base), apart(twin(base), tmp_path / "a0", "a0"))
+    assert [line["S"] for line in lines] == [line.S for line in want]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["inspect-1.png", "inspect-2.png"]
+
+
+def test_the_verb_on_a_tuned_model(tmp_path, capsys):
+    tuned, tokenizer = dl.load("organism")
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
+    tuned.save_pretrained(tmp_path / "t")
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert run(tmp_path / "t", "--base", "organism") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"q_proj +1 +1\.00%", shown)
+    assert "the first singular values alone" not in shown
+    assert run(tmp_path / "t") == 2
+    assert "does not name the model" in capsys.readouterr().err
