@@ -31,6 +31,7 @@ from deltalab.train.devices import processes
 from deltalab.train.evaluate import evaluate, summary
 from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
+from deltalab.train.probes import probes_of
 from deltalab.train.progress import say
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import LoopSpec, TrainSpec
@@ -133,9 +134,9 @@ def fit(
         shapes = {name: list(p.shape) for name, p in trained_parameters(model).items()}
         identity = {"spec": spec.plain(), **digests, "freezing": freezer and freezer.variant, "frozen entries": freezer and freezer.digest, "model": model_digest(model), "trained parameters": digest(shapes),
                     "number of processes": processes().num_processes}  # fmt: skip
-    result = Loop(
-        model, tokenizer.pad_token_id or 0, train_set, held_out, spec, identity, folder, probes, freezer, progress
-    ).run()
+    pad = tokenizer.pad_token_id or 0
+    probes = [*probes, *probes_of(spec.probe, model, pad, held_out or train_set)]
+    result = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress).run()
     counts = {"samples": len(train_set), "held_out": len(held_out), "cut": samples.cut, "skipped": samples.skipped,
               "unlabelled": samples.unlabelled, "context": context}  # fmt: skip
     result.data.update({"digest": digests["data"], "held_out_digest": digests["held-out data"], **counts})

@@ -87,12 +87,21 @@ class EvalSpec(Spec):
     best: bool = False
 
 
+class ProbeSpec(Spec):
+    """What is looked at every so many steps, see `deltalab.train.probes`: the deltas' weights and spectra, and the representations
+    of so many samples."""
+
+    every: PositiveInt = 50
+    samples: PositiveInt = 16
+
+
 class LoopSpec(Spec):
-    """What `deltalab.train` needs when model and data are at hand."""
+    """What `deltalab.train` needs when model and data are at hand. probe: what is looked at meanwhile; null for nothing."""
 
     optim: OptimSpec = OptimSpec()
     run: RunSpec = RunSpec()
     eval: EvalSpec = EvalSpec()
+    probe: ProbeSpec | None = None
     seed: Annotated[int, Field(ge=0)] = 42
 
 
