@@ -46,10 +46,6 @@ MUTANTS = [
         "0.3 * _probe(shape, like) * (1 + i)", "0 * _probe(shape, like) * (1 + i)", "tests/deltas/test_fuse.py",
     ),
     mutant(
-        "a part of W is not drawn again", "deltas/lora.py",
-        'return self.init not in (*PARTS, "loftq")', "return True", "tests/deltas",
-    ),
-    mutant(
         "packed samples go by their length", "train/loop.py", "not self.packing.packed\n", "True\n",
         "tests/train/test_packing.py", "tests/train/test_loop.py",
     ),

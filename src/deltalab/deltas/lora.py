@@ -106,7 +106,7 @@ class LoRA(LowRankSpec):
 
     @property
     def filled(self) -> bool:
-        return self.init not in (*PARTS, "loftq")
+        return True  # a start that is a part of W is taken again from W (`begin_again`), or stands in the file
 
     @property
     def looks(self) -> bool:
