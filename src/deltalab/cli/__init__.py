@@ -23,6 +23,7 @@ VERBS = {
     "sweep": "run many trainings side by side from one spec, and make one table: deltalab sweep SPEC",
     "compare": "compare the runs of a sweep, or single ones, with intervals and tests: deltalab compare RUNS --baseline NAME",
     "inspect": "look inside adapters, runs or tuned models: spectra, ranks, new directions, what they share",
+    "rerun": "run what a record says once more, and say what came out otherwise: deltalab rerun RECORD",
     "merge": "merge an adapter into its base, and say what that costs: deltalab merge BASE ADAPTER OUT",
     "export": "write an adapter for vLLM or peft, or the model that it merges to: deltalab export BASE ADAPTER OUT",
     "generate": "reply to prompts, with adapters side by side: deltalab generate MODEL --adapter NAME=FOLDER",
