@@ -23,7 +23,16 @@ STAGES = [
     "verdict",
     "report",
 ]
-TIMES = {"seconds", "written", "training_seconds", "tokens_per_second", "stages", "started"}
+TIMES = {
+    "seconds",
+    "written",
+    "training_seconds",
+    "tokens_per_second",
+    "memory_before",
+    "memory_peak",
+    "stages",
+    "started",
+}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import yaml
 from deltalab.core.spec import build
 from deltalab.lab.spec import SweepSpec
 
-TIMES = ("seconds", "written", "git", "training_seconds")
+TIMES = ("seconds", "written", "git", "cost")
 
 
 def plan(**fields: Any) -> dict[str, Any]:

@@ -36,3 +36,37 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Memory:
+    """Bytes that this process, or its GPU, has in use: before a block, and at most in it; 0 where the system does not tell."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.before, self.peak = device, 0, 0
+
+    def __enter__(self) -> "Memory":
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the most so far begins anew
+        self.before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak = max(_status("VmHWM"), self.before)
+
+
+def _status(name: str) -> int:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name + ":")).split()[1]) * 1024
+    return 0

@@ -19,7 +19,8 @@ def load(folder: str | Path) -> "pd.DataFrame":
     """The finished trials of the sweep in a folder, in its order.
 
     Columns: id; group, the settings in words; each setting by its key, and `seed`; `score.<task>.<measure>` after training, `before.…` before it;
-    loss; trained, base and adapter_bytes; seconds of the whole run and of training; tokens; steps.
+    loss; trained, base and adapter_bytes; seconds of the whole run and of training;
+    tokens; steps; tokens_per_second; bytes before training, memory_before, and at most in it, memory_peak.
     Raises: UserError if there is no sweep.
     """
     import pandas as pd
@@ -52,7 +53,7 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "loss": result["loss"][1], "held_out": result["held_out"][-1] if result["held_out"] else None,
         "trained": sizes["trained"], "base": sizes["base"], "adapter_bytes": sizes["adapter_bytes"],
         "seconds": record["seconds"], "training_seconds": result["training_seconds"],
-        "tokens": result["tokens"], "steps": result["steps"],
+        "tokens": result["tokens"], "steps": result["steps"], **record.get("cost", {}),
     }  # fmt: skip
 
 

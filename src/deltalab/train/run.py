@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltalab.core.errors import UserError
 from deltalab.core.files import owned, remove, write_json
+from deltalab.core.machine import Memory
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
@@ -76,7 +77,8 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         base = model_digest(model)
         say(str(trainable(model)), progress)
         before = scores(spec, model, tokenizer)
-        result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
+        with Memory(str(device)) as memory:
+            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
         after = scores(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
@@ -91,6 +93,9 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
                 "scores": {"before": {tag: summary(m) for tag, m in before.items()},
                            "after": {tag: summary(m) for tag, m in after.items()}}, "data": result.data,
                 "sizes": {"trained": trainable(model).count, "base": trainable(model).total, "adapter_bytes": size},
+                "cost": {"tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
+                         "memory_before": memory.before, "memory_peak": memory.peak},
+                "proofs": {"base_untouched": model_digest(model) == base},
                 "device": str(device), "threads": torch.get_num_threads(),
             })  # fmt: skip
             Checkpoints(home, spec.run.keep).clear()

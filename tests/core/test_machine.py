@@ -1,0 +1,25 @@
+"""What a block takes in memory is seen, and what was freed before it is not counted."""
+
+import pytest
+import torch
+
+from deltalab.core.machine import Memory
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("mib", [64, 256])
+def test_the_most_in_a_block(mib):
+    earlier = torch.ones(400 * MIB // 4)
+    del earlier
+    with Memory() as memory:
+        some = torch.ones(mib * MIB // 4)
+        del some
+    assert 0.9 * mib * MIB <= memory.peak - memory.before <= mib * MIB + 40 * MIB
+    assert memory.before > 50 * MIB
+
+
+def test_a_block_that_takes_nothing():
+    with Memory() as memory:
+        pass
+    assert 0 <= memory.peak - memory.before < 20 * MIB
