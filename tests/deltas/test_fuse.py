@@ -182,7 +182,9 @@ def test_an_input_that_is_changed_after_the_norm_is_not_made_again_from_it():
     for register, target in ((nn.Module.register_forward_pre_hook, "q_proj"), (nn.Module.register_forward_hook, "post_attention_layernorm")):  # fmt: skip
         results = []
         for kernels in ("auto", "plain"):
-            made = adapted(tiny_llama(), dl.LoRA(r=3, **ALL), kernels)  # llama's norm is fp32 in fp64 too, so no kernel's there
+            made = adapted(
+                tiny_llama(), dl.LoRA(r=3, **ALL), kernels
+            )  # llama's norm is fp32 in fp64 too, so no kernel's there
             for name, module in made.named_modules():
                 if name.endswith(target):
                     register(module, pre if target == "q_proj" else in_place)

@@ -125,11 +125,15 @@ def test_nan_lies_beyond_infinity_and_empties_its_row():
 
 
 def test_passes_over_the_matrices(monkeypatch):
-    """Of distinct scores one between the bounds and one for the masks, sampled or not."""
+    """Of distinct scores one, sampled or not; of many equal ones another for the masks."""
     read, chunks = [], topk._chunks
     monkeypatch.setattr(topk, "_chunks", lambda score, double: (read.append(len(score)), chunks(score, double))[1])
     for few in (topk.FEW, 9000):
         read.clear()
         monkeypatch.setattr(topk, "FEW", few)
         list(top_of_all(several(torch.rand(24_000)), 0.1))
-        assert len(read) == 2 * 3
+        assert len(read) == 3
+    monkeypatch.setattr(topk, "KEPT", 100)
+    read.clear()
+    list(top_of_all(several(torch.ones(24_000)), 0.5))
+    assert len(read) == 2 * 3

@@ -3,10 +3,11 @@
 Of equal scores the entry with the lower index is taken, over several matrices that of the earlier matrix.
 
 The k-th largest of many is sought between two bounds. A random sample gives bounds that it almost surely lies between,
-with few others (Floyd and Rivest 1975, doi:10.1145/360680.360691). One pass counts what is above them and keeps what is
-between; the place among the latter is the place among all. Bounds that miss it, or hold more than is kept (many equal
-scores), are narrowed: to the side that it lies on, or by a histogram of the next sixteen bits of what is between. The
-result is exact in any case; only the number of passes depends on the sample.
+with few others (Floyd and Rivest 1975, doi:10.1145/360680.360691). One pass counts what is above them, marks it with a bit each,
+and keeps what is between, with its places; the place among the latter is the place among all, and says which of them are marked
+too. Bounds that miss it, or hold more than is kept (many equal scores), are narrowed: to the side that it lies on, or by a
+histogram of the next sixteen bits of what is between. The result is exact in any case; only the number of passes depends on
+the sample.
 """
 
 from collections.abc import Iterator, Mapping
@@ -67,31 +68,34 @@ def top_of_all(
 ) -> Iterator[tuple[str, Bool[Tensor, "out in"]]]:
     """Path and mask of the largest over all matrices, one matrix at a time, in order, on the CPU.
 
-    share: of all entries, rounded to whole ones. A matrix is read three times, or more where many scores are equal.
+    share: of all entries, rounded to whole ones. A sample of a matrix is read, then all of it once; twice or more where many
+    scores are equal.
     """
     survey = _Survey(scores)
     k = rounded(share * survey.entries)
-    kth = _kth(scores, survey, k) if k else None
-    left = kth.ties if kth else 0
+    if not k:
+        for path in scores:
+            yield path, torch.zeros(scores[path].shape, dtype=torch.bool)
+        return
+    kth, band = _kth(scores, survey, k)
+    left = kth.ties
     for path in scores:
-        score = scores[path]
-        mask = np.zeros(score.numel(), dtype=bool)
-        if kth:
-            done = 0
-            for keys in _chunks(score, survey.double):
-                part = mask[done : done + len(keys)]
-                done += len(keys)
-                np.greater_equal(keys, kth.key, out=part)
-                if kth.ties < kth.equals:
-                    level = np.flatnonzero(keys == kth.key)
-                    part[level[left:]] = False
-                    left -= min(left, len(level))
-        yield path, torch.from_numpy(mask).view(score.shape)
+        if band.whole:
+            parts = band.marks.pop(path)
+        else:  # too many equals to keep their places
+            parts = [_Marks.of(keys, kth.key, kth.key) for keys in _chunks(scores[path], survey.double)]
+        shape = band.shapes[path]
+        mask = np.empty(shape.numel(), dtype=bool)
+        done = 0
+        for part in parts:
+            left -= part.into(mask[done : done + part.size], kth.key, left)
+            done += part.size
+        yield path, torch.from_numpy(mask).view(shape)
 
 
 def kth_largest(scores: Mapping[str, Tensor], k: int) -> Kth:
     """The k-th largest value over all matrices, 1 ≤ k ≤ entries; each is read twice, or more where many are equal."""
-    return _kth(scores, _Survey(scores), k)
+    return _kth(scores, _Survey(scores), k)[0]
 
 
 def rounded(value: float) -> int:
@@ -159,8 +163,39 @@ class _Survey:
         )
 
 
+class _Marks(NamedTuple):
+    """Of the keys of a chunk: a bit for each that is above a band, how many are, and those within it with their places."""
+
+    size: int
+    above: int
+    bits: NDArray[np.uint8]
+    places: NDArray[np.intp]
+    keys: Keys
+
+    @classmethod
+    def of(cls, keys: Keys, low: int, high: int) -> "_Marks":
+        """low, high: the band, both ends within it."""
+        width = np.dtype(f"u{keys.itemsize}").type
+        within = (keys - keys.dtype.type(low)).view(width) <= width(
+            high - low
+        )  # a difference below zero wraps to a large one
+        above, places = keys > high, np.flatnonzero(within)
+        return cls(len(keys), int(np.count_nonzero(above)), np.packbits(above), places, keys[places])
+
+    def into(self, mask: NDArray[np.bool_], key: int, ties: int) -> int:
+        """Write the mask of what is above a key of the band, and of the first `ties` that equal it; how many did."""
+        mask[:] = np.unpackbits(self.bits, count=self.size).view(bool)
+        mask[self.places[self.keys > key]] = True
+        equal = self.places[self.keys == key][:ties]
+        mask[equal] = True
+        return len(equal)
+
+
 class _Band:
-    """How many keys lie above `high`, and those from `low` to `high`: themselves, or their histogram where they are many."""
+    """How many keys lie above `high`, and those from `low` to `high`: themselves, or their histogram where they are many.
+
+    marks: of every chunk, by path; whole: whether nothing of them was given up.
+    """
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -168,14 +203,21 @@ class _Band:
         self.above, self.inside, self.waiting = 0, 0, 0
         self.kept: list[Keys] = []
         self.histogram: NDArray[np.int64] | None = None
+        self.whole = True
+        self.marks: dict[str, list[_Marks]] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
-    def add(self, keys: Keys) -> None:
-        self.above += int(np.count_nonzero(keys > self.high))
-        found = keys[(keys >= self.low) & (keys <= self.high)]
-        self.inside += len(found)
-        self.waiting += len(found)
-        self.kept.append(found)
+    def add(self, path: str, keys: Keys) -> None:
+        marks = _Marks.of(keys, self.low, self.high)
+        if self.whole:
+            self.marks[path].append(marks)
+        self.above += marks.above
+        self.inside += len(marks.keys)
+        self.waiting += len(marks.keys)
+        self.kept.append(marks.keys)
         if self.waiting > KEPT:
+            self.whole = False
+            self.marks.clear()
             self._count()
 
     def narrowed(self, rank: int) -> "Kth | tuple[int, int]":
@@ -201,13 +243,16 @@ class _Band:
         self.kept, self.waiting = [self.kept[0][:0]], 0
 
 
-def _kth(scores: Mapping[str, Tensor], survey: _Survey, k: int) -> Kth:
+def _kth(scores: Mapping[str, Tensor], survey: _Survey, k: int) -> tuple[Kth, _Band]:
+    """The k-th largest, and the band that it was found in."""
     low, high = survey.bounds(k)
     while True:
         band = _Band(low, high)
         for path in scores:
-            for keys in _chunks(scores[path], survey.double):
-                band.add(keys)
+            score = scores[path]
+            band.shapes[path], band.marks[path] = score.shape, []
+            for keys in _chunks(score, survey.double):
+                band.add(path, keys)
         if band.above >= k:
             low, high = high + 1, survey.most
         elif band.above + band.inside < k:
@@ -215,5 +260,5 @@ def _kth(scores: Mapping[str, Tensor], survey: _Survey, k: int) -> Kth:
         else:
             found = band.narrowed(k - band.above)
             if isinstance(found, Kth):
-                return found
+                return found, band
             low, high = found
