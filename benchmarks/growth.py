@@ -179,6 +179,7 @@ def draw(curves: Sequence[Curve], file: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "growth", "svg.fonttype": "none", "font.size": 8}
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     across = list(dict.fromkeys(curve.axis for curve in curves))
     down = {axis: list(dict.fromkeys(c.quantity for c in curves if c.axis == axis)) for axis in across}
@@ -199,6 +200,8 @@ def draw(curves: Sequence[Curve], file: Path) -> None:
             values = sorted({x for c in curves if c.axis == axis for x in c.points})
             panel.set_xticks(values, [str(x) for x in values])
             panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             panel.legend(fontsize=6.5, frameon=False)
             panel.grid(alpha=0.25, lw=0.5)
     figure.tight_layout()
