@@ -208,7 +208,8 @@ def filled(model: nn.Module) -> nn.Module:
 def checks(case: Case, mine: Side | None = None, other: Side | None = None) -> list[Check]:
     """Loss and gradients of both sides, before a step: of each other, and of each to fp64. With dropout, of twins without.
 
-    In bf16 ours may be no further from fp64 than peft's, but for a quarter.
+    In bf16 ours may be no further from fp64 than peft's, but for a tenth; of a few tokens a quarter, by which chance sets two right
+    answers apart.
     """
     if case.dropout or mine is None or other is None:
         case = replace(case, dropout=0.0)
@@ -223,6 +224,6 @@ def checks(case: Case, mine: Side | None = None, other: Side | None = None) -> l
     return [
         Check("loss", abs(loss - their_loss) / their_loss, 1e-6 if wide else 1e-3),
         Check("gradients", apart([got[k] for k in keys], [want[k] for k in keys]), 1e-4 if wide else 5e-2),
-        Check("ours to fp64", error, max(1e-5, 1.25 * their_error)),
+        Check("ours to fp64", error, max(1e-5, (1.1 if case.sequences * case.tokens >= 1024 else 1.25) * their_error)),
         Check("peft's to fp64", their_error, 1e-5 if wide else 5e-2),
     ]
