@@ -2,9 +2,9 @@
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables for a process with so many threads; ones that wait do not spin, for the sake of who else is there."""
+    """Variables for a process with so many threads. How threads wait for each other is left to OpenMP's default, as users have it."""
     return {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
