@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from deltalab.lab.spec import Trial
     from deltalab.lab.trials import Sweep
+
+EXECUTORS = ("local", "ray")
 
 
 def command(
@@ -16,12 +19,15 @@ def command(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="the sweep's folder; runs/<spec's name> if not given")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="trials side by side; as many as fit if not given")] = None,
+    executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: tasks of Ray")] = "local",
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster; auto: the one that runs here")] = None,
     shard: Annotated[str | None, typer.Option(help="this machine's part of the trials: 1/4 … 4/4")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False,
     status: Annotated[bool, typer.Option("--status", help="how far a sweep is, from any terminal")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, and run none")] = False,
 ) -> None:
     """Run every trial of a sweep. The same command goes on where it was stopped; what is finished never runs again."""
+    from deltalab.core.errors import UserError
     from deltalab.core.spec import load_spec
     from deltalab.lab.spec import SweepSpec, trials
     from deltalab.lab.trials import create, find, forget_failures, share
@@ -34,15 +40,21 @@ def command(
         found = trials(read)
         print("\n".join([f"{len(found)} trials", *(f"  {trial.id}  {trial.label}" for trial in found)]))
         return
+    if executor not in EXECUTORS:
+        raise UserError(f"there is no executor '{executor}'.", nearest=list(EXECUTORS))
     sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
     if retry:
         forget_failures(sweep)
-    run(sweep, share(sweep.trials, shard), shard, jobs)
+    run(sweep, share(sweep.trials, shard), shard, jobs, executor, address)
     print(table(sweep))
 
 
-def run(sweep: "Sweep", mine: list, shard: str | None, jobs: int | None) -> None:  # type: ignore[type-arg]
+def run(
+    sweep: "Sweep", mine: "list[Trial]", shard: str | None, jobs: int | None, executor: str = "local", address: str | None = None
+) -> None:  # fmt: skip
     """Run what is left, and write the table."""
+    import torch
+
     from deltalab.core.machine import SMALL, cores, jobs_for
     from deltalab.lab.local import Crew
     from deltalab.lab.table import TABLE, write
@@ -53,8 +65,17 @@ def run(sweep: "Sweep", mine: list, shard: str | None, jobs: int | None) -> None
         size = max(weight_bytes(trial.spec.model) for trial in left)
         threads = 1 if size < 4 * SMALL else cores()
         at_once = jobs or jobs_for(threads, 4.0 * size, len(left))
-        print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {threads} thread{'s' * (threads > 1)} each")  # fmt: skip
-        Crew(sweep, left, shard, at_once, threads).run()
+        each = f"{threads} thread{'s' * (threads > 1)} each"
+        if executor == "ray":
+            from deltalab.lab.on_ray import Resources, run_on_ray
+
+            print(f"{len(left)} of {len(mine)} trials to run on Ray, {each}")
+            run_on_ray(
+                sweep, left, Resources(threads, float(torch.cuda.is_available()), int(4.0 * size)), address=address
+            )
+        else:
+            print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {each}")
+            Crew(sweep, left, shard, at_once, threads).run()
     if any(state == "finished" for state in sweep.states().values()):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
 
