@@ -1,8 +1,11 @@
 """What this machine has for processes side by side: processors, memory, and the threads that a model is computed with."""
 
 import contextlib
+import gc
 import os
 from pathlib import Path
+
+from deltalab.core.memory import give_back
 
 SMALL = 50_000_000
 """Parameters below which one thread a process is the fastest, and a process a core."""
@@ -51,6 +54,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
             return self
+        gc.collect()
+        give_back()  # or the block would take what lies free, and seem to need nothing
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the most so far begins anew
         self.before = _status("VmRSS")
