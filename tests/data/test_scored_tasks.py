@@ -144,6 +144,18 @@ def test_a_part_of_one_file_is_for_testing(tmp_path):
     assert (len(both.train()), len(both.test())) == (20, 1)  # nothing is held out where there is something to test on
 
 
+def test_braces_in_a_text_stay_what_they_are(tmp_path):
+    """Code has them, and a name among them is no place of the prompt."""
+    row = {"context": "a {question} b", "question": "Q {context}", "answers": []}
+    (one,) = SQuADTask(path=write(tmp_path, "s.jsonl", lines(row)), prompt="{context} | {question} {else}").train()
+    assert turns(one)[0] == "a {question} b | Q {context} {else}"
+    pair = write(tmp_path, "r.jsonl", lines({"sentence1": "{sentence2}", "sentence2": "B", "label": 0}))
+    assert turns(RTETask(path=pair, prompt="{sentence1}/{sentence2}").train()[0])[0] == "{sentence2}/B"
+    code = write(tmp_path, "c.jsonl", lines({"old": "f(){code}", "new": "y", "comment": "in {code}"}))
+    (one,) = CodeRefinementTask(path=code, prompt="{comment}: {code}").train()
+    assert turns(one)[0] == "in {code}: f(){code}"
+
+
 def test_the_hubs_names(monkeypatch):
     asked = []
 

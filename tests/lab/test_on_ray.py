@@ -91,6 +91,17 @@ def test_a_mistake_and_a_trial_that_kills_its_workers(tmp_path, monkeypatch):
     assert "the process that ran it ended, 3 times" in failure(sweep, sweep.trials[2])["error"]
 
 
+def test_what_fails_before_a_trial_begins_is_told_as_it_is(tmp_path, monkeypatch):
+    sweep = create(spec(product={}, seeds=[1]), tmp_path / "s")
+
+    def trial(folder, id):
+        raise ValueError("no such folder here")
+
+    monkeypatch.setattr(on_ray, "_trial", trial)
+    run_on_ray(sweep, sweep.trials, Resources(), say=lambda line: None)
+    assert failure(sweep, sweep.trials[0])["error"] == "no such folder here"
+
+
 def test_without_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     said(lambda: run_on_ray(create(spec(), tmp_path / "s"), [], Resources()), "needs Ray", "deltalab[ray]")

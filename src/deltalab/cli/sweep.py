@@ -42,6 +42,10 @@ def command(
         return
     if executor not in EXECUTORS:
         raise UserError(f"there is no executor '{executor}'.", nearest=list(EXECUTORS))
+    if executor == "ray" and jobs is not None:
+        raise UserError(
+            "--jobs is for processes of this machine.", next="Ray places trials by what each asks for: leave --jobs out"
+        )
     sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
     if retry:
         forget_failures(sweep)

@@ -35,10 +35,7 @@ INTERPRETER = 600 * 2**20
 
 def available_memory() -> int:
     """Free bytes of main memory, as the system counts them; all of it where it does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _told("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Memory:
@@ -58,7 +55,7 @@ class Memory:
         give_back()  # or the block would take what lies free, and seem to need nothing
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the most so far begins anew
-        self.before = _status("VmRSS")
+        self.before = _told("/proc/self/status", "VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,11 +64,12 @@ class Memory:
 
             self.peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak = max(_status("VmHWM"), self.before)
+            self.peak = max(_told("/proc/self/status", "VmHWM"), self.before)
 
 
-def _status(name: str) -> int:
+def _told(file: str, name: str) -> int:
+    """Bytes by a line of one of the system's files, in KiB there; 0 where it has none."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
         return int(next(line for line in lines if line.startswith(name + ":")).split()[1]) * 1024
     return 0

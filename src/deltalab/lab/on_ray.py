@@ -65,6 +65,9 @@ def _until_done(ray: Any, sweep: Sweep, mine: Sequence[Trial], asks: Resources, 
         trial = waiting.pop(done)
         try:
             state = ray.get(done)
+        except ray.exceptions.RayTaskError as error:  # before the trial began: no sweep at the folder on that node, say
+            fail(sweep, trial, str(error.cause), str(error))
+            state = "failed"
         except ray.exceptions.RayError as error:
             fail(
                 sweep,

@@ -1,7 +1,8 @@
 """What a task is: where conversations to train and test on come from, and how a model's answers are scored."""
 
 import abc
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -52,6 +53,11 @@ class Task(Spec, abc.ABC):
     def of_loss(self, loss: float) -> Measures:
         """The measures of the mean loss over the counted tokens of `test`."""
         return {}
+
+
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """A template with texts in place of their names in braces; braces in the texts stay what they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
 
 
 class RowsTask(Task):
@@ -107,3 +113,13 @@ class RowsTask(Task):
 
     def _own(self, path: str, split: str, names: tuple[str, ...]) -> list[Row]:
         return [row for row in self.read(path, split=split, names=names) if self.wanted(row)]
+
+
+class RepliesTask(RowsTask):
+    """One whose answers are generated. new_tokens: of a reply at most."""
+
+    new_tokens: PositiveInt = 64
+
+    @property
+    def reply_tokens(self) -> int:
+        return self.new_tokens

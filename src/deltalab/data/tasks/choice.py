@@ -7,7 +7,7 @@ from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row
 from deltalab.data.metrics import Measures, classification
-from deltalab.data.tasks.base import RowsTask
+from deltalab.data.tasks.base import RowsTask, filled
 
 
 class ChoiceTask(RowsTask):
@@ -36,10 +36,7 @@ class ChoiceTask(RowsTask):
     def conversation(self, row: Row) -> Conversation:
         label = self._label(row)
         parts = {name: row.text(_column(row, columns)).strip() for name, columns in self.texts.items()}
-        asked = self.prompt
-        for name, text in parts.items():
-            asked = asked.replace("{" + name + "}", text)
-        return Conversation.of(asked, self.labels[label], label=label, texts=tuple(parts.values()))
+        return Conversation.of(filled(self.prompt, parts), self.labels[label], label=label, texts=tuple(parts.values()))
 
     def _label(self, row: Row) -> int:
         given = str(row.values.get(_column(row, self.label_columns), "missing")).strip()

@@ -10,13 +10,13 @@ from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row, read_text
 from deltalab.data.metrics import Measures, corpus_bleu, exact_match
-from deltalab.data.tasks.base import RowsTask
+from deltalab.data.tasks.base import RepliesTask, filled
 
 PAIRS = (("buggy", "fixed"), ("initial", "approved"), ("old", "new"))
 """Columns of a row, or parts of the names of two files of equal lines: before and after."""
 
 
-class CodeRefinementTask(RowsTask):
+class CodeRefinementTask(RepliesTask):
     """Pairs of code: rows with the columns of a pair and maybe a `comment`, or a text file with its partner beside it, a
     line a method: `train.buggy.txt` and `train.fixed.txt`.
 
@@ -26,10 +26,6 @@ class CodeRefinementTask(RowsTask):
     task: Literal["code-refinement"] = "code-refinement"
     prompt: str = "Refine this code:\n{code}"
     new_tokens: PositiveInt = 128
-
-    @property
-    def reply_tokens(self) -> int:
-        return self.new_tokens
 
     def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
         """bleu4 of the whole set, and exact; unchanged: of the code as it was, what a model gets that does nothing."""
@@ -53,5 +49,5 @@ class CodeRefinementTask(RowsTask):
     def conversation(self, row: Row) -> Conversation:
         before, after = next((pair for pair in PAIRS if set(pair) <= row.values.keys()), PAIRS[0])
         code, comment = row.text(before).strip(), str(row.values.get("comment") or "")
-        asked = self.prompt.replace("{comment}", comment).replace("{code}", code)
+        asked = filled(self.prompt, {"comment": comment, "code": code})
         return Conversation.of(asked, row.text(after).strip(), code=code)

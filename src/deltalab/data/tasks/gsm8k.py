@@ -8,19 +8,15 @@ from pydantic import PositiveInt
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row
 from deltalab.data.metrics import Measures, numbers
-from deltalab.data.tasks.base import RowsTask
+from deltalab.data.tasks.base import RepliesTask
 
 
-class GSM8KTask(RowsTask):
+class GSM8KTask(RepliesTask):
     """Questions whose answers end in `#### number`. new_tokens: of a reply."""
 
     task: Literal["gsm8k"] = "gsm8k"
     path: str = "openai/gsm8k:main"
     new_tokens: PositiveInt = 256
-
-    @property
-    def reply_tokens(self) -> int:
-        return self.new_tokens
 
     def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
         """exact: whether the final number is the right one."""

@@ -3,24 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import PositiveInt
-
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row
 from deltalab.data.metrics import Measures, rouge_l, smoothed_bleu
-from deltalab.data.tasks.base import RowsTask
+from deltalab.data.tasks.base import RepliesTask, filled
 
 
-class ReviewCommentTask(RowsTask):
+class ReviewCommentTask(RepliesTask):
     """Changes (`patch`) with the comment `msg`: CodeReviewer's rows. prompt: with `{patch}` in it. new_tokens: of a reply."""
 
     task: Literal["review-comment"] = "review-comment"
     prompt: str = "Review this change:\n{patch}"
-    new_tokens: PositiveInt = 64
-
-    @property
-    def reply_tokens(self) -> int:
-        return self.new_tokens
 
     def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
         """bleu4, smoothed as CodeReviewer has it, and rouge_l."""
@@ -32,4 +25,4 @@ class ReviewCommentTask(RowsTask):
         return row.values.get("task", "msg") == "msg" and bool(row.values.get("msg"))
 
     def conversation(self, row: Row) -> Conversation:
-        return Conversation.of(self.prompt.replace("{patch}", row.text("patch")), row.text("msg").strip())
+        return Conversation.of(filled(self.prompt, {"patch": row.text("patch")}), row.text("msg").strip())

@@ -11,12 +11,12 @@ from deltalab.core.files import read_json
 from deltalab.data.chat import Conversation
 from deltalab.data.files import Row
 from deltalab.data.metrics import Measures, normalised, squad
-from deltalab.data.tasks.base import RowsTask
+from deltalab.data.tasks.base import RepliesTask, filled
 
 NONE = "unanswerable"
 
 
-class SQuADTask(RowsTask):
+class SQuADTask(RepliesTask):
     """Questions, each with its text and answers: the official JSON, or rows of the hub's columns. What is learnt is the
     first answer, or `unanswerable`, which as a reply means that there is none.
 
@@ -29,10 +29,6 @@ class SQuADTask(RowsTask):
     new_tokens: PositiveInt = 32
 
     test_names: ClassVar = ("validation", "dev")
-
-    @property
-    def reply_tokens(self) -> int:
-        return self.new_tokens
 
     def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
         """exact and f1 by the official definitions, also of the questions with and without an answer."""
@@ -48,8 +44,7 @@ class SQuADTask(RowsTask):
 
     def conversation(self, row: Row) -> Conversation:
         answers = _answers(row)
-        asked = self.prompt.replace("{context}", row.text("context").strip())
-        asked = asked.replace("{question}", row.text("question").strip())
+        asked = filled(self.prompt, {name: row.text(name).strip() for name in ("context", "question")})
         return Conversation.of(asked, answers[0] if answers else NONE, answers=answers)
 
 
