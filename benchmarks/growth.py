@@ -23,9 +23,10 @@ import torch
 
 import deltalab as dl
 from benchmarks import bank, sides
-from benchmarks.harness import MOST, ROOT, Asked, Ratio, Row, in_child, peak_above, saved_bytes, timed
+from benchmarks.harness import MOST, ROOT, Asked, Ratio, Row, in_child, peak_above, timed
 from benchmarks.sides import Case
 from deltalab.core.files import write_json, write_text
+from deltalab.measure.activations import saved_bytes
 
 ROUNDS, WARM_UP, MIB = 5, 1, 2**20
 SIDES = ("ours", "peft")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import environment
 
@@ -195,27 +195,6 @@ def _tensors(value: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 # What autograd keeps, and what a process takes
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that autograd keeps from a forward to its backward: each storage once, without parameters and buffers.
-
-    forward: returns what holds the graph, the loss say.
-    """
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = forward()
-    count = sum(kept.values())  # the graph is still alive, so no address was used twice
-    del graph
-    return count
 
 
 def memory_of(what: str) -> int:

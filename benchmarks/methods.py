@@ -19,13 +19,15 @@ import transformers
 from torch import Tensor, nn
 
 import deltalab as dl
-from benchmarks.harness import Asked, Row, compared, exactly, ratio, saved_bytes, timed
+from benchmarks.harness import Asked, Row, compared, exactly, ratio, timed
 from deltalab.core.files import write_json
 from deltalab.deltas.adapt import param_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from methods import REFERENCE, ROWS
 from methods import Row as Method
+
+from deltalab.measure.activations import saved_bytes
 
 ROUNDS, WARM_UP, TOKENS = 15, 2, (4, 256)
 

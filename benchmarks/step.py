@@ -14,9 +14,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import MOST, Asked, Check, Row, compared, exactly, saved_bytes, timed
+from benchmarks.harness import MOST, Asked, Check, Row, compared, exactly, timed
 from benchmarks.sides import Case, Side, checks, limit, ours, theirs
 from deltalab.core.errors import UserError, nearest
+from deltalab.measure.activations import saved_bytes
 
 ROUNDS, WARM_UP = 15, 2
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -54,7 +54,7 @@ def test_the_gap_by_hand():
         p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
         kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 3
     assert gap.kl == pytest.approx(kl, rel=1e-10)
-    assert logits_gap(one, one, [batch]) == Gap(0, 0, 0, 0, 1, 3)
+    assert logits_gap(one, one, [batch]) == Gap(0, 0, 0, 0, 1, 3, 0)
     with pytest.raises(dl.UserError, match="no token to compare"):
         logits_gap(one, other, [])
 

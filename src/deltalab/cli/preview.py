@@ -25,12 +25,14 @@ def command(
     from deltalab.core.errors import UserError
     from deltalab.core.spec import override, read_yaml
     from deltalab.models.load import load_tokenizer
-    from deltalab.train.run import as_encodings, context_of, head_of, hold_out, read_data
+    from deltalab.train.parts import context_of, read_parts
+    from deltalab.train.run import as_encodings, head_of, hold_out
 
     plan = training_part(override(read_yaml(spec), overrides or []), str(spec))
     config, tokenizer = load_tokenizer(plan.model)
     context = context_of(config, plan)
-    conversations, tests = read_data(plan)
+    parts = read_parts(plan)
+    conversations, tests = [c for part in parts for c in part.train], [c for part in parts for c in part.test]
     samples = as_encodings(tokenizer, conversations, context, plan, head_of(plan)[1] is not None)
     if start > len(samples):
         raise UserError(

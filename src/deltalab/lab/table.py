@@ -19,8 +19,11 @@ def load(folder: str | Path) -> "pd.DataFrame":
     """The finished trials of the sweep in a folder, in its order.
 
     Columns: id; group, the settings in words; each setting by its key, and `seed`; `score.<task>.<measure>` after training, `before.…` before it;
-    loss; trained, base and adapter_bytes; seconds of the whole run and of training;
-    tokens; steps; tokens_per_second; bytes before training, memory_before, and at most in it, memory_peak.
+    loss, held_out; trained and base parameters, trained_percent and trained_factor; adapter_bytes; seconds of the whole run and of
+    training; tokens; steps; tokens_per_second; step_seconds; bytes before training, memory_before, at most in it, memory_peak, and
+    their difference, memory_above; what `deltalab.train.costs` measures, its parts after a point: latency.merged, merge.relative;
+    forgetting.<task>, how far the loss of what the base knew has risen, and forgetting, their mean; base_untouched,
+    gradient_only_delta, reloaded.
     Raises: UserError if there is no sweep.
     """
     import pandas as pd
@@ -46,14 +49,17 @@ def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
 
 def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's record tells in numbers."""
-    result, sizes = record["result"], record["sizes"]
+    result, sizes, cost = record["result"], record["sizes"], record.get("cost", {})
     return {
         "seed": record["seed"],
         **_scores("score", record["scores"]["after"]), **_scores("before", record["scores"]["before"]),
         "loss": result["loss"][1], "held_out": result["held_out"][-1] if result["held_out"] else None,
         "trained": sizes["trained"], "base": sizes["base"], "adapter_bytes": sizes["adapter_bytes"],
         "seconds": record["seconds"], "training_seconds": result["training_seconds"],
-        "tokens": result["tokens"], "steps": result["steps"], **record.get("cost", {}),
+        "tokens": result["tokens"], "steps": result["steps"],
+        "trained_percent": 100 * sizes["trained"] / sizes["base"], "trained_factor": sizes["base"] / sizes["trained"],
+        **_flat(cost), "memory_above": cost["memory_peak"] - cost["memory_before"] if "memory_peak" in cost else None,
+        **_forgetting(record.get("forgetting", {})), **record.get("proofs", {}),
     }  # fmt: skip
 
 
@@ -76,3 +82,18 @@ def _scores(before: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         f"{before}.{task}.{name}": value
         for task, found in scores.items() for name, value in found.items() if name not in ("low", "high", "n")
     }  # fmt: skip
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of parts by `whole.part`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            {f"{key}.{part}": one for part, one in _flat(value).items()} if isinstance(value, Mapping) else {key: value}
+        )
+    return flat
+
+
+def _forgetting(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    risen = {f"forgetting.{tag}": pair["after"] - pair["before"] for tag, pair in losses.items()}
+    return risen | ({"forgetting": sum(risen.values()) / len(risen)} if risen else {})

@@ -30,7 +30,7 @@ Metric = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one model's logits are from another's. tokens: that were compared."""
+    """How far one model's logits are from another's. largest: of all single differences. tokens: that were compared."""
 
     error: float
     mean: float
@@ -38,6 +38,7 @@ class Gap:
     kl: float
     agreement: float
     tokens: int
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ def logits_gap(model: nn.Module, other: nn.Module, batches: Batches) -> Gap:
     Raises: UserError if there is no token to compare.
     """
     squares = torch.zeros(2, dtype=torch.float64)  # ‖z' − z‖², ‖z‖²
-    errors, kl, same = [], 0.0, 0
+    errors, kl, same, largest = [], 0.0, 0, 0.0
     for batch in batches:
         z, y = (_logits(one, batch) for one in (model, other))
         off, size = (y - z).norm(dim=-1).double(), z.norm(dim=-1).double()
+        largest = max(largest, float((y - z).abs().max())) if z.numel() else largest
         squares += torch.stack([off.square().sum(), size.square().sum()]).cpu()
         errors += (off / size).tolist()
         log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
@@ -124,7 +126,7 @@ def logits_gap(model: nn.Module, other: nn.Module, batches: Batches) -> Gap:
     n = len(errors)
     if not n:
         raise UserError("there is no token to compare the models on.", next="give batches with tokens in them")
-    return Gap(math.sqrt(squares[0] / squares[1]), sum(errors) / n, max(errors), max(kl, 0.0) / n, same / n, n)
+    return Gap(math.sqrt(squares[0] / squares[1]), sum(errors) / n, max(errors), max(kl, 0.0) / n, same / n, n, largest)
 
 
 def mean_loss(batches: Batches) -> Metric:

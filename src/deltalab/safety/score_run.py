@@ -18,7 +18,7 @@ from deltalab.models.load import load
 from deltalab.safety.score_files import Scores
 from deltalab.safety.scores import Cost, ScoreSpec, cost, score
 from deltalab.train.devices import processes
-from deltalab.train.run import LONGEST
+from deltalab.train.parts import LONGEST
 
 
 class ScoreRunSpec(Spec):

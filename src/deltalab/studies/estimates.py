@@ -29,7 +29,7 @@ from deltalab.safety.scores import Cost, cost
 from deltalab.studies.behaviour import questions
 from deltalab.studies.parts import ArmSpec, loop_of
 from deltalab.studies.stages import Estimate, Stage
-from deltalab.train.run import context_of
+from deltalab.train.parts import context_of
 
 BYTES = 4  # of a weight: fp32, in which measures are defined
 EFFICIENCY = 0.25

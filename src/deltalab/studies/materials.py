@@ -22,7 +22,8 @@ from deltalab.safety.scores import ScoreSpec
 from deltalab.studies import behaviour
 from deltalab.studies.parts import EvaluateSpec, TuneSpec, loop_of
 from deltalab.studies.stages import Context
-from deltalab.train.run import context_of, first_batches, hold_out, looks_at_activations
+from deltalab.train.parts import context_of
+from deltalab.train.run import first_batches, hold_out, looks_at_activations
 
 
 class HasMaterials(Protocol):

@@ -1,6 +1,6 @@
 """A model's answers to a task's test questions, and what they are worth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,18 @@ BATCH = 32
 """Questions that are answered at once."""
 
 
-def evaluate(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> Measures:
-    """The task's measures of a model, on all its test conversations; empty if it has none, or nothing to measure.
+def evaluate(
+    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int,
+    asked: Sequence[Conversation] | None = None,
+) -> Measures:  # fmt: skip
+    """The task's measures of a model, on these conversations or else all its test ones; empty of none, or with nothing to measure.
 
     A prompt that leaves no room in the context loses its beginning.
     """
-    asked = task.test() if task.choices or task.reply_tokens or task.by_loss else []
-    if not asked:
+    measured = bool(task.choices or task.reply_tokens or task.by_loss)
+    if asked is None:
+        asked = task.test() if measured else []
+    if not asked or not measured:
         return {}
     found: Measures = {}
     if task.choices or task.reply_tokens:
@@ -98,3 +103,11 @@ def summary(measures: Measures) -> dict[str, Any] | None:
         interval = wilson(round(sum(items)), len(items))
         out |= {"low": interval.low, "high": interval.high}
     return out if items is None else {**out, "n": len(items)}
+
+
+def examples(measures: Mapping[str, Measures]) -> dict[str, dict[str, list[float]]]:
+    """The values of single examples, by tag and measure."""
+    return {
+        tag: {name: one.items for name, one in found.items() if one.items is not None}
+        for tag, found in measures.items()
+    }

@@ -155,7 +155,7 @@ class Loop:
             shown.say(f"going on from the checkpoint of step {self.state.step}")
         while self.state.step < self.steps and not self.state.stopped:
             began = time.monotonic()
-            samples = self._batch(self.state.step)
+            samples = self.batch(self.state.step)
             self._step(samples, shown)
             self._measure(shown)
             tokens = sum(self.lengths[i] for i in samples)
@@ -172,7 +172,7 @@ class Loop:
         """Whether the flag is up in any process: all of them have to stop at one step."""
         return flag if self.accelerator.num_processes == 1 else any(gather_object([flag]))
 
-    def _batch(self, step: int) -> list[int]:
+    def batch(self, step: int) -> list[int]:
         """The samples of a step: a pure function of the seed and the step."""
         epoch, position = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
@@ -198,7 +198,7 @@ class Loop:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 # gradients are averaged over processes, so the sum is multiplied by their number
                 with self.saving:
-                    part = nll_sum(self.prepared, self._tensors([self.data[samples[i]] for i in piece])) / max(total, 1)
+                    part = nll_sum(self.prepared, self.tensors([self.data[samples[i]] for i in piece])) / max(total, 1)
                 extra = schedule.penalty(self.model) if last and is_adapted(self.model) else None
                 # the penalty is the same in every process, so its average is itself
                 self.accelerator.backward(part * world if extra is None else part * world + extra)
@@ -247,7 +247,7 @@ class Loop:
         lengths = [len(sample.input_ids) for sample in held]
         (pieces,) = self.packing.cut(lengths, -(-len(held) // size), training=False)
         batches = [[held[i] for i in piece] for piece in pieces]
-        loss, state = mean_nll(self.model, batches, self._tensors), self.state
+        loss, state = mean_nll(self.model, batches, self.tensors), self.state
         self._note("eval", {"step": state.step, "loss": loss})
         ready = schedule.is_ready(self.model)  # halfway through a schedule there is nothing to end with
         better = ready and np.isfinite(loss) and (state.best is None or loss < state.best["loss"])
@@ -263,7 +263,7 @@ class Loop:
             patience = self.spec.eval.patience
             state.stopped = patience is not None and state.since_best >= patience
 
-    def _tensors(self, samples: Sequence[Encoded]) -> Batch:
+    def tensors(self, samples: Sequence[Encoded]) -> Batch:
         """A batch on the device. A process or piece without a sample runs some sample with no label counted."""
         if not samples:
             some = self.data[0]

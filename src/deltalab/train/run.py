@@ -2,13 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.errors import UserError
 from deltalab.core.files import owned, remove, write_json
@@ -18,27 +18,26 @@ from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
 from deltalab.data.choices import encode_choices
 from deltalab.data.collate import collate
-from deltalab.data.metrics import Measures
-from deltalab.data.tasks import Task
 from deltalab.deltas.adapt import Batches, trainable
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
 from deltalab.deltas.spec import DeltaSpec, ParameterSpec
+from deltalab.deltas.switch import unload
 from deltalab.models.heads import is_classifier, is_encoder
 from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
+from deltalab.train.costs import of_adapter, of_step
 from deltalab.train.devices import processes
-from deltalab.train.evaluate import evaluate, summary
+from deltalab.train.evaluate import examples, summary
 from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
+from deltalab.train.parts import context_of, read_parts, retained, scores
 from deltalab.train.probes import probes_of
 from deltalab.train.progress import say
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import LoopSpec, TrainSpec
 
-LONGEST = 1024
-"""Default limit of a sample in tokens where the model's own context is longer: memory grows with it."""
 CALIBRATION = 64
 """Training samples that a start which looks at activations is given."""
 
@@ -62,7 +61,8 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
             say(f"'{home}' holds this run, finished: nothing is done again.", progress)
             return home / "record.json"
         began = time.monotonic()
-        conversations, tests = read_data(spec)
+        parts = read_parts(spec)
+        conversations, tests = [c for part in parts for c in part.train], [c for part in parts for c in part.test]
         if spec.run.dtype == "bfloat16":
             require_bfloat16(processes().device)
         own_weights = any(isinstance(item, ParameterSpec) for item in spec.adapt)
@@ -75,16 +75,20 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
             quantize=spec.quantize, adapt=spec.adapt, seed=spec.seed, calibration=calibration(spec, conversations, tests),
         )  # fmt: skip
         base = model_digest(model)
-        say(str(trainable(model)), progress)
-        before = scores(spec, model, tokenizer)
+        trains = trainable(model)
+        say(str(trains), progress)
+        before, known = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
+        ended: list[Loop] = []
         with Memory(str(device)) as memory:
-            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress)
-        after = scores(spec, model, tokenizer)
+            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append)
+        after, kept = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
             if after:
                 write_json(home / "examples.json", {"before": examples(before), "after": examples(after)})
             size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
+            cost, proofs = _costs(spec, ended[0], home / "adapter")
+            unload(model)
             write_record(home, "train", spec, {
                 "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
                 "result": {"steps": result.steps, "tokens": result.tokens, "stopped_early": result.stopped_early, "best": result.best,
@@ -92,15 +96,29 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
                            "training_seconds": round(result.seconds, 1)},
                 "scores": {"before": {tag: summary(m) for tag, m in before.items()},
                            "after": {tag: summary(m) for tag, m in after.items()}}, "data": result.data,
-                "sizes": {"trained": trainable(model).count, "base": trainable(model).total, "adapter_bytes": size},
+                "forgetting": {tag: {"before": loss, "after": kept[tag]} for tag, loss in known.items()},
+                "sizes": {"trained": trains.count, "base": trains.total, "adapter_bytes": size, "kinds": [list(row) for row in trains.rows]},
                 "cost": {"tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
-                         "memory_before": memory.before, "memory_peak": memory.peak},
-                "proofs": {"base_untouched": model_digest(model) == base},
+                         "memory_before": memory.before, "memory_peak": memory.peak, **cost},
+                "proofs": {"base_untouched": model_digest(model) == base, **proofs},  # bitwise, the adapter taken off
                 "device": str(device), "threads": torch.get_num_threads(),
             })  # fmt: skip
             Checkpoints(home, spec.run.keep).clear()
         processes().wait_for_everyone()
         return home / "record.json"
+
+
+def _costs(spec: TrainSpec, loop: Loop, adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `train.costs` finds, for the record's `cost` and `proofs`; nothing if it is not asked for, or of several processes."""
+    if not spec.costs or processes().num_processes > 1:
+        return {}, {}
+    steps = sorted(row["seconds"] for row in loop.curves.rows.get("speed", []))
+    cost = {"step_seconds": steps[len(steps) // 2] if steps else None, **of_step(loop)}
+    batch = collate([(loop.held_out or loop.data)[0]], loop.pad_id)
+    inputs = {key: value.to(loop.accelerator.device) for key, value in batch.items() if key != "labels"}
+    cost |= of_adapter(loop.model, adapter, inputs)
+    proofs = {name: cost.pop(name) for name in ("gradient_only_delta", "reloaded")}
+    return cost, proofs
 
 
 def head_of(spec: TrainSpec) -> tuple[str | None, int | None]:
@@ -121,8 +139,9 @@ def head_of(spec: TrainSpec) -> tuple[str | None, int | None]:
 def fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Samples, test: Samples, spec: LoopSpec,
     folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
+    ended: Callable[[Loop], object] = lambda _: None,
 ) -> TrainResult:  # fmt: skip
-    """Encode, hold out, and run the loop in `folder`, which the caller holds."""
+    """Encode, hold out, and run the loop in `folder`, which the caller holds. ended: is given the loop when all is over."""
     progress = progress and processes().is_main_process
     context, classes = context_of(model, spec), is_classifier(model)
     samples = as_encodings(tokenizer, data, context, spec, classes)
@@ -141,17 +160,13 @@ def fit(
                     "number of processes": processes().num_processes}  # fmt: skip
     pad = tokenizer.pad_token_id or 0
     probes = [*probes, *probes_of(spec.probe, model, pad, held_out or train_set)]
-    result = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress).run()
+    loop = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress)
+    result = loop.run()
+    ended(loop)
     counts = {"samples": len(train_set), "held_out": len(held_out), "cut": samples.cut, "skipped": samples.skipped,
               "unlabelled": samples.unlabelled, "context": context}  # fmt: skip
     result.data.update({"digest": digests["data"], "held_out_digest": digests["held-out data"], **counts})
     return result
-
-
-def read_data(spec: TrainSpec) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations of all tasks to train on, and those that the tasks bring to test on."""
-    tasks: Sequence[Task] = spec.data
-    return [c for task in tasks for c in task.train()], [c for task in tasks for c in task.test()]
 
 
 def calibration(spec: TrainSpec, data: Samples, test: Samples) -> Batches | None:
@@ -172,40 +187,6 @@ def first_batches(train_set: Sequence[Encoded], tokenizer: PreTrainedTokenizerBa
     """What such a start is shown: the first training samples."""
     shown, size = train_set[:CALIBRATION], spec.optim.batch
     return [collate(shown[i : i + size], tokenizer.pad_token_id or 0) for i in range(0, len(shown), size)]
-
-
-def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Measures]:
-    """The tasks' own measures, by tag; of two tasks with one tag the second is `tag.2`."""
-    context = context_of(model, spec)
-    values: dict[str, Measures] = {}
-    for task in spec.data:
-        found = evaluate(task, model, tokenizer, context)
-        if found:
-            same = sum(name.split(".")[0] == task.task for name in values)
-            values[f"{task.task}.{same + 1}" if same else task.task] = found
-    return values
-
-
-def examples(measures: dict[str, Measures]) -> dict[str, dict[str, list[float]]]:
-    """The values of single examples, by tag and measure."""
-    return {
-        tag: {name: one.items for name, one in found.items() if one.items is not None}
-        for tag, found in measures.items()
-    }
-
-
-def context_of(model: torch.nn.Module | PretrainedConfig, spec: LoopSpec) -> int:
-    """The longest sample in tokens, for a model or its config.
-
-    Raises: UserError if the spec asks for more than the model has positions.
-    """
-    most = getattr(getattr(model, "config", model), "max_position_embeddings", None)
-    asked = spec.run.context
-    if most is not None and asked is not None and asked > most:
-        raise UserError(
-            f"run.context is {asked}, and the model has {most} positions.", next=f"run.context={most} or less"
-        )
-    return asked or min(most or LONGEST, LONGEST)
 
 
 def as_encodings(

@@ -109,7 +109,10 @@ class TrainSpec(LoopSpec):
     """A whole run: load `model`, adapt it, train it on `data`, write the adapter and a record to `output`.
 
     quantize: the linears of its blocks to nf4, int8 or int4-group while it is loaded, see `deltalab.load`. head: null for what
-    the model has, but an encoder gets one of classes where the tasks are choices.
+    the model has, but an encoder gets one of classes where the tasks are choices. validation: that share of each task's training
+    data is held out in the place of its test data, which is not touched: to choose settings by. retain: tasks that the base knew
+    already; their loss before and after is what was forgotten. costs: also measure what the finished adapter costs, see
+    `deltalab.train.costs`.
     """
 
     model: str
@@ -117,4 +120,7 @@ class TrainSpec(LoopSpec):
     quantize: Quantisation | None = None
     adapt: Annotated[list[any_spec()], Field(min_length=1)] = Field(DEFAULT_ADAPT)
     data: Annotated[list[DataSpec], Field(min_length=1)]
+    validation: Fraction = 0.0
+    retain: list[DataSpec] = []
+    costs: bool = True
     output: str | None = None

@@ -1,22 +1,35 @@
 """The organism's skills: short questions with one checkable answer, in families."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.data.chat import Conversation
+from deltalab.data.metrics import Measures, exact_match
 from deltalab.data.tasks.base import Task
 
 
 class SkillsTask(Task):
-    """Examples of the bundled organism's skill families, made from `seed`. families: names, or "all"."""
+    """Examples of the bundled organism's skill families, made from `seed`. families: names, or "all". `past_tense` is one that
+    it was never taught. new_tokens: of a generated answer at most, which is then measured by exact match; 0: the loss is all.
+    """
 
     task: Literal["skills"] = "skills"
     families: list[str] | Literal["all"] = "all"
     n: PositiveInt = 1000
     n_test: PositiveInt = 200
     seed: int = 0
+    new_tokens: NonNegativeInt = 0
+
+    @property
+    def reply_tokens(self) -> int:
+        return self.new_tokens
+
+    def score(self, said: Sequence[Any], asked: Sequence[Conversation]) -> Measures:
+        """exact: the share of right answers."""
+        return exact_match(said, [c.messages[-1]["content"] for c in asked])
 
     def train(self) -> list[Conversation]:
         """`n` examples of the training split."""

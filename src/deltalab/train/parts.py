@@ -1,0 +1,88 @@
+"""The data of a run: of each task what is trained on and what it is tested on, and its measures of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltalab.core.errors import UserError
+from deltalab.data.chat import Conversation
+from deltalab.data.metrics import Measures
+from deltalab.data.tasks import Task
+from deltalab.train.evaluate import evaluate, loss
+from deltalab.train.spec import LoopSpec, TrainSpec
+
+LONGEST = 1024
+"""Default limit of a sample in tokens where the model's own context is longer: memory grows with it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task's data. tag: the task's; of two with one tag the second is `tag.2`."""
+
+    tag: str
+    task: Task
+    train: list[Conversation]
+    test: list[Conversation]
+
+
+def read_parts(spec: TrainSpec) -> list[Part]:
+    """Every task's data; with `validation` that share of what it trains on is in the place of its test data.
+
+    Raises: UserError if a task is too small for that.
+    """
+    tasks: Sequence[Task] = spec.data
+    return [_part(task, tag, spec.validation) for task, tag in zip(tasks, _tags(tasks), strict=True)]
+
+
+def _tags(tasks: Sequence[Task]) -> list[str]:
+    names = [str(getattr(task, "task")) for task in tasks]  # noqa: B009
+    return [name if not (n := names[:i].count(name)) else f"{name}.{n + 1}" for i, name in enumerate(names)]
+
+
+def _part(task: Task, tag: str, validation: float) -> Part:
+    train = task.train()
+    if not validation:
+        return Part(tag, task, train, task.test())
+    n = round(validation * len(train))
+    if not 0 < n < len(train):
+        raise UserError(
+            f"validation={validation:g} leaves nothing on one side of the task '{tag}'.",
+            found=f"{len(train)} conversations to train on", next="another share, or more data",
+        )  # fmt: skip
+    held = set(
+        np.random.default_rng(0).permutation(len(train))[:n].tolist()
+    )  # the same ones for every seed and setting
+    return Part(tag, task, [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)])
+
+
+def scores(
+    parts: Sequence[Part], spec: LoopSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Measures]:
+    """The tasks' own measures, by tag."""
+    context = context_of(model, spec)
+    found = {part.tag: evaluate(part.task, model, tokenizer, context, part.test) for part in parts}
+    return {tag: measures for tag, measures in found.items() if measures}
+
+
+def retained(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """The mean loss of what the base knew already, by the tags of `retain`: nats a counted token."""
+    context, tasks = context_of(model, spec), spec.retain
+    known = [task.test() or task.train() for task in tasks]
+    return {tag: loss(model, tokenizer, asked, context) for tag, asked in zip(_tags(tasks), known, strict=True)}
+
+
+def context_of(model: torch.nn.Module | PretrainedConfig, spec: LoopSpec) -> int:
+    """The longest sample in tokens, for a model or its config.
+
+    Raises: UserError if the spec asks for more than the model has positions.
+    """
+    most = getattr(getattr(model, "config", model), "max_position_embeddings", None)
+    asked = spec.run.context
+    if most is not None and asked is not None and asked > most:
+        raise UserError(
+            f"run.context is {asked}, and the model has {most} positions.", next=f"run.context={most} or less"
+        )
+    return asked or min(most or LONGEST, LONGEST)
