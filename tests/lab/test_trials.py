@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from deltalab.cli.sweep import table as status
 from deltalab.core.files import owned
 from deltalab.lab import table
 from deltalab.lab.spec import trials
-from deltalab.lab.trials import create, failure, find, forget_failures, run_one, share, work
+from deltalab.lab.trials import Sweep, create, failure, find, forget_failures, run_one, share, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import results, spec
 
@@ -108,10 +109,10 @@ def test_looking_does_not_disturb_who_works(tmp_path):
 
 
 def test_shards_are_all_of_it_and_none_twice():
-    found = trials(spec(seeds=[1, 2, 3]))
+    found = Sweep(Path(), spec(), trials(spec(seeds=[1, 2, 3])))
     parts = [share(found, f"{i}/4") for i in (1, 2, 3, 4)]
-    assert sorted(t.id for part in parts for t in part) == sorted(t.id for t in found)
-    assert share(found, None) == found
+    assert sorted(t.id for part in parts for t in part) == sorted(t.id for t in found.trials)
+    assert share(found, None) == found.trials
     for wrong in ("0/2", "3/2", "a/b", "1", "1/2/3"):
         said(lambda wrong=wrong: share(found, wrong), "is no part of a whole", "--shard 1/4")
 

@@ -13,7 +13,9 @@ EXECUTORS = ("local", "ray")
 
 
 def command(
-    spec: Annotated[Path, typer.Argument(help="spec of the sweep (YAML), or with --status its folder")],
+    spec: Annotated[
+        Path, typer.Argument(help="spec of the sweep (YAML), the name of a preset, or with --status its folder")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="changes to the spec: base.optim.steps=100 seeds=[42]")
     ] = None,
@@ -25,20 +27,36 @@ def command(
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False,
     status: Annotated[bool, typer.Option("--status", help="how far a sweep is, from any terminal")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, and run none")] = False,
+    show: Annotated[bool, typer.Option("--show", help="print the spec, a preset's say, and run nothing")] = False,
 ) -> None:
-    """Run every trial of a sweep. The same command goes on where it was stopped; what is finished never runs again."""
+    """Run every trial of a sweep. The same command goes on where it was stopped; what is finished never runs again.
+
+    Presets: alpha-ablation, code-review, lora-vs-full, memory-quality, method-comparison, prefix-ablation, rank-ablation,
+    target-ablation.
+    """
     from deltalab.core.errors import UserError
-    from deltalab.core.spec import load_spec
-    from deltalab.lab.spec import SweepSpec, trials
+    from deltalab.core.spec import load_spec, override, read_yaml
+    from deltalab.lab.presets import find as find_preset
+    from deltalab.lab.spec import SweepSpec, trials, tuning_trials
     from deltalab.lab.trials import create, find, forget_failures, share
 
     if status:
         print(table(find(spec)))
         return
-    read = load_spec(SweepSpec, spec, overrides or [])
+    file = find_preset(spec)
+    if show:
+        import yaml
+
+        print(
+            yaml.safe_dump(override(read_yaml(file), overrides or []), sort_keys=False, allow_unicode=True, width=100),
+            end="",
+        )
+        return
+    read = load_spec(SweepSpec, file, overrides or [])
     if dry_run:
-        found = trials(read)
-        print("\n".join([f"{len(found)} trials", *(f"  {trial.id}  {trial.label}" for trial in found)]))
+        found = tuning_trials(read) or trials(read)
+        more = f", and {len(read.seeds)} more of each group with the best" if read.tune else ""
+        print("\n".join([f"{len(found)} trials{more}", *(f"  {trial.id}  {trial.label}" for trial in found)]))
         return
     if executor not in EXECUTORS:
         raise UserError(f"there is no executor '{executor}'.", nearest=list(EXECUTORS))
@@ -49,7 +67,10 @@ def command(
     sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
     if retry:
         forget_failures(sweep)
-    run(sweep, share(sweep.trials, shard), shard, jobs, executor, address)
+    run(sweep, share(sweep, shard), shard, jobs, executor, address)
+    if sweep.tuning:  # what is best is known now
+        sweep = find(sweep.folder)
+        run(sweep, share(sweep, shard), shard, jobs, executor, address)
     print(table(sweep))
 
 
@@ -80,7 +101,7 @@ def run(
         else:
             print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {each}")
             Crew(sweep, left, shard, at_once, threads).run()
-    if any(state == "finished" for state in sweep.states().values()):
+    if any(sweep.state(trial) == "finished" for trial in sweep.trials):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
 
 
@@ -91,7 +112,7 @@ def table(sweep: "Sweep") -> str:
     from deltalab.lab.trials import failure, step_of
 
     states, lines = sweep.states(), []
-    for trial in sweep.trials:
+    for trial in sweep.all:
         state = states[trial.id]
         note = ""
         if state in ("running", "begun"):
@@ -101,4 +122,4 @@ def table(sweep: "Sweep") -> str:
         lines.append(f"  {state:<9} {trial.id}  {trial.label}" + (f"  ({note})" if note else ""))
     counts = Counter(states.values())
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    return "\n".join([f"{sweep.folder}: {len(sweep.trials)} trials, {told}", *lines])
+    return "\n".join([f"{sweep.folder}: {len(sweep.all)} trials, {told}", *lines])

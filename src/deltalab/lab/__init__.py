@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def load(folder: str | Path) -> "pd.DataFrame":
+def load(folder: str | Path, *, tuning: bool = False) -> "pd.DataFrame":
     """The finished trials of a sweep as a table, see `deltalab.lab.table.load`."""
     from deltalab.lab.table import load as read
 
-    return read(folder)
+    return read(folder, tuning=tuning)

@@ -24,12 +24,11 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.records import read_record
 from deltalab.core.spec import digest
 from deltalab.core.stats import Estimate, Interval, crossed, holm, share_interval, student, t_interval
-from deltalab.lab.table import examples, examples_in, row, row_of
+from deltalab.lab.rows import rises, row_of
+from deltalab.lab.table import examples, examples_in, row
 from deltalab.lab.trials import find
 
 ALPHA = 0.05
-FALLING = ("loss", "perplexity", "held_out")
-"""Ends of the names of measures of which less is better."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Line:
     @property
     def rises(self) -> bool:
         """Whether more is better."""
-        return not self.measure.endswith(FALLING)
+        return rises(self.measure)
 
     def verdict(self, alpha: float = ALPHA) -> str:
         """The difference in words; nothing for the baseline, or where no test can be made."""

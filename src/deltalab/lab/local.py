@@ -124,7 +124,7 @@ def worker(folder: str, shard: str) -> None:
     """Work on a sweep until nothing is free; ends at once when the parent's end of standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sweep = find(folder)
-    work(sweep, share(sweep.trials, shard), lambda line: _tell(say=line), lambda trial: _tell(begin=trial.id))
+    work(sweep, share(sweep, shard), lambda line: _tell(say=line), lambda trial: _tell(begin=trial.id))
 
 
 def _end_with_parent() -> None:

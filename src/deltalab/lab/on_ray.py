@@ -89,6 +89,6 @@ def _trial(folder: str, id: str) -> str:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sweep = find(folder)
-    trial = next(trial for trial in sweep.trials if trial.id == id)
+    trial = next(trial for trial in sweep.all if trial.id == id)
     state = sweep.state(trial)
     return state if state in ("finished", "failed") else run_one(sweep, trial)

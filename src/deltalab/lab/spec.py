@@ -2,8 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 import pydantic
@@ -16,7 +16,22 @@ from deltalab.train.spec import TrainSpec
 Values = Annotated[list[Any], Field(min_length=1)]
 Axis = list[dict[str, Any]]
 """The settings of one axis: each is keys of the spec -> values."""
-NAME = "name"
+NAME, TUNE = "name", "tune"
+"""Keys of a case that are no settings of its run: what it is called, and what is tuned for it alone."""
+
+
+class TuneSpec(Spec):
+    """Settings that each group gets its own best of, chosen on validation data: the trials of the sweep then run with these.
+
+    values: key -> values, every one with every other. A case may have others of its own, under `tune`. seeds: what a choice is the mean
+    over; null for the sweep's first. validation: the share of the training data that a choice is made on, see `TrainSpec`; the trials that
+    are reported train on all of it. by: the measure, as the table calls it; null for the first score, or `held_out` where there is none.
+    """
+
+    values: dict[str, Values]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    by: str | None = None
 
 
 class SweepSpec(Spec):
@@ -24,7 +39,8 @@ class SweepSpec(Spec):
 
     product: key -> values, every one with every other. zip: groups of keys whose values go together, the first with the first:
     `[{adapt.r: [4, 8], adapt.alpha: [8, 16]}]`. cases: settings one by one, each with a `name` if it likes:
-    `[{name: LoRA, adapt: [...]}, {name: IA3, adapt: [...]}]`. seeds: each trial runs once with each.
+    `[{name: LoRA, adapt: [...]}, {name: IA3, adapt: [...]}]`. seeds: each trial runs once with each. tune: what each group is given its
+    own best of first. baseline: the group that the others are compared with.
     """
 
     base: dict[str, Any]
@@ -32,6 +48,8 @@ class SweepSpec(Spec):
     zip: list[dict[str, Values]] = []
     cases: list[dict[str, Any]] = []
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42, 1337, 2024)
+    tune: TuneSpec | None = None
+    baseline: str | None = None
     output: str | None = None
 
     @pydantic.model_validator(mode="after")
@@ -49,7 +67,13 @@ class SweepSpec(Spec):
             *(key for group in self.zip for key in group),
             *{key for item in self.cases for key in item},
         ]
-        twice = sorted({key for key in keys if keys.count(key) > 1 and key != NAME})
+        own = [item[TUNE] for item in self.cases if TUNE in item]
+        if own and self.tune is None:
+            raise ValueError("a case has `tune`, and the sweep has none")
+        if any(not isinstance(values, dict) for values in own):
+            raise ValueError("tune of a case: keys -> values")
+        keys += {key for values in (self.tune.values if self.tune else {}, *own) for key in values}
+        twice = sorted({key for key in keys if keys.count(key) > 1 and key not in (NAME, TUNE)})
         if twice:
             raise ValueError(f"{twice[0]} varies in two places")
         return self
@@ -63,37 +87,67 @@ class SweepSpec(Spec):
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. id: the digest of its whole spec. settings: what is its own, by key. group: that in words; the seed is no part of either."""
+    """One run. id: the digest of its whole spec. settings: what is its own, by key. group: that in words; the seed is no part of either.
+
+    tuned: of a trial that a choice is made by, what it tries.
+    """
 
     id: str
     group: str
     settings: Mapping[str, Any]
     spec: TrainSpec
+    tuned: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """The group and the seed."""
-        return f"{self.group}, seed={self.spec.seed}"
+        """The group and the seed; of a trial to choose by, also what it tries."""
+        tries = f"tuning {_words(self.tuned)}: " if self.tuned else ""
+        return f"{tries}{self.group}, seed={self.spec.seed}"
 
 
-def trials(spec: SweepSpec) -> list[Trial]:
+def trials(spec: SweepSpec, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Trial]:
     """Every trial of a sweep, in order; two settings that come to the same run are one.
 
+    chosen: of a sweep that is tuned, group -> what was found best; a group that is not there has no trials yet.
     Raises: UserError with the faults of the first trial that has some, and its settings.
     """
     found: dict[str, Trial] = {}
-    for parts in itertools.product(*spec.axes()):
-        settings = {key: value for part in parts for key, value in part.items()}
-        group = ", ".join(filter(None, map(_words, parts))) or "base"
+    for group, settings, _ in _groups(spec):
+        if chosen is not None and group not in chosen:
+            continue
+        whole = {**settings, **(chosen[group] if chosen else {})}
         for seed in spec.seeds:
-            run = _run(spec, settings, group, seed)
-            found.setdefault(run.digest(), Trial(run.digest(), group, settings, run))
+            run = _run(spec, whole, group, seed)
+            found.setdefault(run.digest(), Trial(run.digest(), group, whole, run))
     return list(found.values())
+
+
+def tuning_trials(spec: SweepSpec) -> list[Trial]:
+    """The trials that a sweep's settings are chosen by; none if nothing is tuned. Raises: as `trials`."""
+    if spec.tune is None:
+        return []
+    found: dict[str, Trial] = {}
+    for group, settings, values in _groups(spec):
+        for row in itertools.product(*values.values()):
+            tuned = dict(zip(values, row, strict=True))
+            for seed in spec.tune.seeds or spec.seeds[:1]:
+                run = _run(spec, {**settings, **tuned, "validation": spec.tune.validation}, group, seed)
+                found.setdefault(run.digest(), Trial(run.digest(), group, settings, run, tuned))
+    return list(found.values())
+
+
+def _groups(spec: SweepSpec) -> Iterator[tuple[str, dict[str, Any], dict[str, list[Any]]]]:
+    """Each group's name, its settings, and the values that are tried for it."""
+    for parts in itertools.product(*spec.axes()):
+        settings = {key: value for part in parts for key, value in part.items() if key != TUNE}
+        own = next((part[TUNE] for part in parts if TUNE in part), None)
+        name = ", ".join(filter(None, map(_words, parts))) or "base"
+        yield name, settings, own or (spec.tune.values if spec.tune else {})
 
 
 def _words(part: Mapping[str, Any]) -> str:
     """The settings of one axis in words: their name, or each key's last part and its value."""
-    own = {key.rpartition(".")[2]: value for key, value in part.items()}
+    own = {key.rpartition(".")[2]: value for key, value in part.items() if key != TUNE}
     return str(part[NAME]) if NAME in part else ", ".join(f"{key}={short(value)}" for key, value in own.items())
 
 

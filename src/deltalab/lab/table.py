@@ -1,11 +1,11 @@
 """One table over all runs of a sweep: a row a finished trial, its settings, measures and costs as columns."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltalab.core.files import read_json, replacing
 from deltalab.core.records import read_record
+from deltalab.lab.rows import row_of
 from deltalab.lab.spec import Trial, short
 from deltalab.lab.trials import Sweep, find
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 TABLE = "results.parquet"
 
 
-def load(folder: str | Path) -> "pd.DataFrame":
-    """The finished trials of the sweep in a folder, in its order.
+def load(folder: str | Path, *, tuning: bool = False) -> "pd.DataFrame":
+    """The finished trials of the sweep in a folder, in its order. tuning: those that settings were chosen by, instead.
 
     Columns: id; group, the settings in words; each setting by its key, and `seed`; `score.<task>.<measure>` after training, `before.…` before it;
     loss, held_out; trained and base parameters, trained_percent and trained_factor; adapter_bytes; seconds of the whole run and of
@@ -29,7 +29,8 @@ def load(folder: str | Path) -> "pd.DataFrame":
     import pandas as pd
 
     sweep = find(folder)
-    return pd.DataFrame([row(sweep, trial) for trial in sweep.trials if sweep.state(trial) == "finished"])
+    found = sweep.tuning if tuning else sweep.trials
+    return pd.DataFrame([row(sweep, trial) for trial in found if sweep.state(trial) == "finished"])
 
 
 def write(sweep: Sweep) -> Path:
@@ -47,22 +48,6 @@ def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
     return {"id": trial.id, "group": trial.group, **settings, **row_of(read_record(sweep.place(trial)))}
 
 
-def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's record tells in numbers."""
-    result, sizes, cost = record["result"], record["sizes"], record.get("cost", {})
-    return {
-        "seed": record["seed"],
-        **_scores("score", record["scores"]["after"]), **_scores("before", record["scores"]["before"]),
-        "loss": result["loss"][1], "held_out": result["held_out"][-1] if result["held_out"] else None,
-        "trained": sizes["trained"], "base": sizes["base"], "adapter_bytes": sizes["adapter_bytes"],
-        "seconds": record["seconds"], "training_seconds": result["training_seconds"],
-        "tokens": result["tokens"], "steps": result["steps"],
-        "trained_percent": 100 * sizes["trained"] / sizes["base"], "trained_factor": sizes["base"] / sizes["trained"],
-        **_flat(cost), "memory_above": cost["memory_peak"] - cost["memory_before"] if "memory_peak" in cost else None,
-        **_forgetting(record.get("forgetting", {})), **record.get("proofs", {}),
-    }  # fmt: skip
-
-
 def examples(sweep: Sweep, trial: Trial) -> dict[str, list[float]]:
     """The values of single examples after training, by `<task>.<measure>`; empty if the trial has none."""
     return examples_in(sweep.place(trial))
@@ -75,25 +60,3 @@ def examples_in(run: Path) -> dict[str, list[float]]:
         return {}
     after = read_json(path, "examples")["after"]
     return {f"{task}.{measure}": items for task, found in after.items() for measure, items in found.items()}
-
-
-def _scores(before: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        f"{before}.{task}.{name}": value
-        for task, found in scores.items() for name, value in found.items() if name not in ("low", "high", "n")
-    }  # fmt: skip
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts of parts by `whole.part`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            {f"{key}.{part}": one for part, one in _flat(value).items()} if isinstance(value, Mapping) else {key: value}
-        )
-    return flat
-
-
-def _forgetting(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    risen = {f"forgetting.{tag}": pair["after"] - pair["before"] for tag, pair in losses.items()}
-    return risen | ({"forgetting": sum(risen.values()) / len(risen)} if risen else {})

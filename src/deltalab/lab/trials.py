@@ -15,25 +15,33 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deltalab.core.errors import UserError
+from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import InUse, read_json, remove, write_json
+from deltalab.core.records import read_record
 from deltalab.core.spec import build
-from deltalab.lab.spec import SweepSpec, Trial, trials
+from deltalab.lab.rows import rises, row_of
+from deltalab.lab.spec import SweepSpec, Trial, trials, tuning_trials
 
 State = Literal["finished", "failed", "running", "begun", "waiting"]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder with its spec and trials."""
+    """A folder with its spec and trials. tuning: those that settings are chosen by; `trials` are then of groups that have them."""
 
     folder: Path
     spec: SweepSpec
     trials: list[Trial]
+    tuning: list[Trial] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Trial]:
+        """Every trial that is known."""
+        return [*self.tuning, *self.trials]
 
     def place(self, trial: Trial) -> Path:
         """The trial's folder."""
@@ -52,7 +60,7 @@ class Sweep:
 
     def states(self) -> dict[str, State]:
         """Trial's id -> state, of all."""
-        return {trial.id: self.state(trial) for trial in self.trials}
+        return {trial.id: self.state(trial) for trial in self.all}
 
 
 def create(spec: SweepSpec, folder: str | Path) -> Sweep:
@@ -61,10 +69,10 @@ def create(spec: SweepSpec, folder: str | Path) -> Sweep:
     Raises: UserError for a trial that is no run, or a folder that holds something else.
     """
     folder = Path(folder)
-    made = Sweep(folder, spec, trials(spec))
+    made = _sweep(folder, spec)
     if folder.exists() and not (folder / "sweep.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' holds something else than a sweep.", next="choose another folder: --output")
-    listed = [{"id": trial.id, "settings": dict(trial.settings), "seed": trial.spec.seed} for trial in made.trials]
+    listed = [{"id": trial.id, "settings": dict(trial.settings), "seed": trial.spec.seed} for trial in made.all]
     write_json(folder / "sweep.json", {"format": 1, "spec": spec.plain(), "trials": listed})
     return made
 
@@ -75,7 +83,50 @@ def find(folder: str | Path) -> Sweep:
     if not path.is_file():
         raise UserError(f"'{folder}' holds no sweep.", found="no sweep.json there", next="deltalab sweep SPEC --output FOLDER makes one")  # fmt: skip
     spec = build(SweepSpec, read_json(path, "sweep")["spec"], str(path))
-    return Sweep(Path(folder), spec, trials(spec))
+    return _sweep(Path(folder), spec)
+
+
+def _sweep(folder: Path, spec: SweepSpec) -> Sweep:
+    if spec.tune is None:
+        return Sweep(folder, spec, trials(spec))
+    begun = Sweep(folder, spec, [], tuning_trials(spec))
+    return Sweep(folder, spec, trials(spec, chosen(begun)), begun.tuning)
+
+
+def chosen(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Group -> the best of what was tried for it, of every group whose trials to choose by have ended; the first of equals.
+
+    Raises: UserError if a trial does not have the measure.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(trial.group for trial in sweep.tuning):
+        mine = [trial for trial in sweep.tuning if trial.group == name]
+        states = [sweep.state(trial) for trial in mine]
+        if not set(states) <= {"finished", "failed"} or "finished" not in states:
+            continue
+        values: dict[str, list[float]] = {}
+        for trial in (trial for trial, state in zip(mine, states, strict=True) if state == "finished"):
+            values.setdefault(json.dumps(trial.tuned), []).append(_quality(sweep, trial))
+        best = max(values, key=lambda tried: sum(values[tried]) / len(values[tried]))
+        found[name] = json.loads(best)
+    return found
+
+
+def _quality(sweep: Sweep, trial: Trial) -> float:
+    """The measure that a choice is made by, turned so that more is better."""
+    row = row_of(read_record(sweep.place(trial)))
+    measures = [
+        key
+        for key, value in row.items()
+        if isinstance(value, float) and (key.startswith("score.") or key == "held_out")
+    ]
+    by = (sweep.spec.tune and sweep.spec.tune.by) or next(iter(measures), "held_out")
+    if row.get(by) is None:
+        raise UserError(
+            f"no run has the measure '{by}' to choose by.", nearest=nearest(by, measures) or measures, next="tune.by"
+        )
+    value = float(row[by]) if rises(by) else -float(row[by])
+    return value if value == value else float("-inf")
 
 
 def work(
@@ -124,22 +175,28 @@ def fail(sweep: Sweep, trial: Trial, error: str, trace: str = "") -> None:
 
 def forget_failures(sweep: Sweep) -> int:
     """Failed trials are free again; how many there were."""
-    failed = [sweep.place(trial) for trial in sweep.trials if sweep.state(trial) == "failed"]
+    failed = [sweep.place(trial) for trial in sweep.all if sweep.state(trial) == "failed"]
     for place in failed:
         remove(place / "failed.json")
     return len(failed)
 
 
-def share(found: Sequence[Trial], shard: str | None) -> list[Trial]:
-    """The trials of shard `i/n`, i from 1: every n-th. Raises: UserError for what is no such pair."""
+def share(sweep: Sweep, shard: str | None) -> list[Trial]:
+    """The trials of shard `i/n`, i from 1: every n-th, or of every n-th group where settings are tuned for each.
+
+    Raises: UserError for what is no such pair.
+    """
     if shard is None:
-        return list(found)
+        return sweep.all
     part, _, of = shard.partition("/")
     if not (part.isdigit() and of.isdigit() and 1 <= int(part) <= int(of)):
         raise UserError(
             f"--shard {shard} is no part of a whole.", next="--shard 1/4 … --shard 4/4, one on each machine"
         )
-    return list(found[int(part) - 1 :: int(of)])
+    if sweep.tuning:
+        groups = list(dict.fromkeys(trial.group for trial in sweep.tuning))[int(part) - 1 :: int(of)]
+        return [trial for trial in sweep.all if trial.group in groups]
+    return sweep.trials[int(part) - 1 :: int(of)]
 
 
 def failure(sweep: Sweep, trial: Trial) -> dict[str, Any]:
