@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import deltalab.lab as lab
-from deltalab.cli.sweep import table as status
+from deltalab.cli.sweep_table import table as status
 from deltalab.core.files import owned
 from deltalab.lab import table
 from deltalab.lab.spec import trials

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import deltalab.lab as lab
-from deltalab.cli.sweep import run, table
+from deltalab.cli.sweep import run
+from deltalab.cli.sweep_table import table
 from deltalab.core.errors import UserError
 from deltalab.core.files import write_json
 from deltalab.lab import trials as module

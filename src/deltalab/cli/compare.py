@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 COSTS = {
     "trained": "parameters trained",
     "adapter_bytes": "bytes of the adapter",
+    "memory_above": "bytes above what is in use before training",
     "training_seconds": "seconds of training",
 }
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(help="folders of sweeps or of single runs")],
-    baseline: Annotated[str | None, typer.Option(help="the group that the others are tested against")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="the group that the others are tested against; the sweep's own if not given")
+    ] = None,
     measure: Annotated[
         list[str] | None, typer.Option(help="score.<task>.<measure>, held_out, loss; the tasks' scores if not given")
     ] = None,
@@ -28,9 +31,10 @@ def command(
     from dataclasses import asdict
 
     from deltalab.core.files import write_json
-    from deltalab.lab.compare import compare, cost_of, measures_of, pareto, runs_of
+    from deltalab.lab.compare import baseline_of, compare, cost_of, measures_of, pareto, runs_of
 
     found = runs_of(runs)
+    baseline = baseline or baseline_of(runs)
     known = measures_of(found)
     wanted = measure or [name for name in known if name.startswith("score.")] or known[:1]
     lines = compare(found, wanted, baseline)
@@ -38,7 +42,8 @@ def command(
         mine = [line for line in lines if line.measure == name]
         print(table(name, mine))
         for column, words in COSTS.items():
-            print(f"  Pareto, {words}: {', '.join(pareto(mine, cost_of(found, column)))}")
+            if all(run.values.get(column) is not None for run in found):
+                print(f"  Pareto, {words}: {', '.join(pareto(mine, cost_of(found, column)))}")
         print()
     if json_ is not None:
         write_json(json_, [asdict(line) | {"verdict": line.verdict()} for line in lines])

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltalab.cli.sweep_table import table, watched
+
 if TYPE_CHECKING:
     from deltalab.lab.spec import Trial
     from deltalab.lab.trials import Sweep
@@ -95,31 +97,12 @@ def run(
             from deltalab.lab.on_ray import Resources, run_on_ray
 
             print(f"{len(left)} of {len(mine)} trials to run on Ray, {each}")
-            run_on_ray(
-                sweep, left, Resources(threads, float(torch.cuda.is_available()), int(4.0 * size)), address=address
-            )
+            asks = Resources(threads, float(torch.cuda.is_available()), int(4.0 * size))
+            with watched(sweep, at_once) as say:
+                run_on_ray(sweep, left, asks, address=address, say=say)
         else:
             print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {each}")
-            Crew(sweep, left, shard, at_once, threads).run()
+            with watched(sweep, at_once) as say:
+                Crew(sweep, left, shard, at_once, threads, say).run()
     if any(sweep.state(trial) == "finished" for trial in sweep.trials):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
-
-
-def table(sweep: "Sweep") -> str:
-    """Each trial with its state; of those that run, the step; of failed ones, why."""
-    from collections import Counter
-
-    from deltalab.lab.trials import failure, step_of
-
-    states, lines = sweep.states(), []
-    for trial in sweep.all:
-        state = states[trial.id]
-        note = ""
-        if state in ("running", "begun"):
-            note = f"step {step_of(sweep, trial)}"
-        elif state == "failed":
-            note = failure(sweep, trial)["error"].splitlines()[0]
-        lines.append(f"  {state:<9} {trial.id}  {trial.label}" + (f"  ({note})" if note else ""))
-    counts = Counter(states.values())
-    told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    return "\n".join([f"{sweep.folder}: {len(sweep.all)} trials, {told}", *lines])

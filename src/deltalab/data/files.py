@@ -11,6 +11,7 @@ from typing import Any
 from deltalab.core.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
+BUNDLED = Path(__file__).parent / "bundled"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -38,12 +39,12 @@ class Row:
 
 
 def read_rows(path: str, *, split: str = "train", names: tuple[str, ...] = ()) -> list[Row]:
-    """The rows at `path`: a .json, .jsonl, .tsv or .csv file, a folder, or a hub name `owner/name[:subset]`.
+    """The rows at `path`: a .json, .jsonl, .tsv or .csv file, a folder, `bundled:NAME`, or a hub name `owner/name[:subset]`.
 
     In a folder: the file named after `split`, or the first of `names` that is there. On the hub: that split.
     Raises: UserError, naming file and line, if it is missing, empty, cut off or malformed.
     """
-    place = Path(path).expanduser()
+    place = bundled(path) or Path(path).expanduser()
     if place.is_dir():
         place = _in_folder(place, (*names, split))
     if place.is_file():
@@ -61,6 +62,19 @@ def read_rows(path: str, *, split: str = "train", names: tuple[str, ...] = ()) -
     if not rows:
         raise UserError(f"data file '{place}' is empty.", found="no row in it", next="check the path")
     return rows
+
+
+def bundled(path: str) -> Path | None:
+    """The folder of data that comes with the package, of `bundled:NAME`; None for any other path. Raises: UserError for an unknown name."""
+    if not path.startswith("bundled:"):
+        return None
+    there = sorted(place.name for place in BUNDLED.iterdir() if place.is_dir())
+    name = path.removeprefix("bundled:")
+    if name not in there:
+        raise UserError(
+            f"no data set '{name}' comes with the package.", found=", ".join(there), nearest=nearest(name, there)
+        )
+    return BUNDLED / name
 
 
 def read_text(path: str) -> str:

@@ -104,6 +104,15 @@ def runs_of(folders: Sequence[str | Path]) -> list[Run]:
     return found
 
 
+def baseline_of(folders: Sequence[str | Path]) -> str | None:
+    """The baseline that the spec of a single sweep names, if it has finished runs."""
+    if len(folders) != 1 or not (Path(folders[0]) / "sweep.json").is_file():
+        return None
+    sweep = find(folders[0])
+    named = sweep.spec.baseline
+    return named if any(t.group == named and sweep.state(t) == "finished" for t in sweep.trials) else None
+
+
 def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None = None) -> list[Line]:
     """Every group in every measure, the baseline first in each; without a baseline nothing is tested.
 

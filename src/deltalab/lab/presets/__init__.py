@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from deltalab.core.errors import UserError, nearest
+
 HERE = Path(__file__).parent
 
 
@@ -11,6 +13,13 @@ def names() -> list[str]:
 
 
 def find(spec: Path) -> Path:
-    """The file of a preset by its name; any other path as it is."""
-    preset = HERE / f"{spec}.yaml"
-    return preset if str(spec) in names() and not spec.exists() else spec
+    """The file of a preset by its name; any other path as it is. Raises: UserError for a bare name that is neither file nor preset."""
+    if spec.exists() or spec.suffix or len(spec.parts) > 1:
+        return spec
+    if str(spec) not in names():
+        raise UserError(
+            f"'{spec}' is no file, and no preset.",
+            found=f"presets: {', '.join(names())}",
+            nearest=nearest(str(spec), names()),
+        )
+    return HERE / f"{spec}.yaml"
