@@ -24,6 +24,7 @@ def command(
     shard: Annotated[str | None, typer.Option(help="this machine's part of the trials: 1/4 … 4/4")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False,
     status: Annotated[bool, typer.Option("--status", help="how far a sweep is, from any terminal")] = False,
+    report: Annotated[bool, typer.Option(help="build the page, text, JSON and figures of what is finished")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, and run none")] = False,
 ) -> None:
     """Run every trial of a sweep. The same command goes on where it was stopped; what is finished never runs again."""
@@ -51,6 +52,8 @@ def command(
         forget_failures(sweep)
     run(sweep, share(sweep.trials, shard), shard, jobs, executor, address)
     print(table(sweep))
+    if report:
+        show(sweep)
 
 
 def run(
@@ -82,6 +85,15 @@ def run(
             Crew(sweep, left, shard, at_once, threads).run()
     if any(state == "finished" for state in sweep.states().values()):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
+
+
+def show(sweep: "Sweep") -> None:
+    """Build the report of what is finished, if anything is; what it found, and where it is."""
+    from deltalab.report import build_report
+
+    if any(state == "finished" for state in sweep.states().values()):
+        built = build_report(sweep.folder)
+        print(f"\n{built.verdict}\n\nreport: {built.page}")
 
 
 def table(sweep: "Sweep") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 import pydantic
 from pydantic import Field
 
-from deltalab.core.errors import UserError
+from deltalab.core.errors import UserError, nearest
 from deltalab.core.spec import Spec, build, put
 from deltalab.train.spec import TrainSpec
 
@@ -25,6 +25,7 @@ class SweepSpec(Spec):
     product: key -> values, every one with every other. zip: groups of keys whose values go together, the first with the first:
     `[{adapt.r: [4, 8], adapt.alpha: [8, 16]}]`. cases: settings one by one, each with a `name` if it likes:
     `[{name: LoRA, adapt: [...]}, {name: IA3, adapt: [...]}]`. seeds: each trial runs once with each.
+    baseline: the group that reports test the others against; the first one if not given.
     """
 
     base: dict[str, Any]
@@ -32,6 +33,7 @@ class SweepSpec(Spec):
     zip: list[dict[str, Values]] = []
     cases: list[dict[str, Any]] = []
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42, 1337, 2024)
+    baseline: str | None = None
     output: str | None = None
 
     @pydantic.model_validator(mode="after")
@@ -88,6 +90,11 @@ def trials(spec: SweepSpec) -> list[Trial]:
         for seed in spec.seeds:
             run = _run(spec, settings, group, seed)
             found.setdefault(run.digest(), Trial(run.digest(), group, settings, run))
+    groups = list(dict.fromkeys(trial.group for trial in found.values()))
+    if spec.baseline is not None and spec.baseline not in groups:
+        raise UserError(
+            f"baseline: no group is called '{spec.baseline}'.", nearest=nearest(spec.baseline, groups) or groups[:3]
+        )
     return list(found.values())
 
 
