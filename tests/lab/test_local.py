@@ -23,7 +23,7 @@ DELTALAB = str(Path(sys.executable).parent / "deltalab")
 
 
 def start(path, folder, *options):
-    return subprocess.Popen([DELTALAB, "sweep", str(path), "--output", str(folder), *options],
+    return subprocess.Popen([DELTALAB, "sweep", str(path), "--no-report", "--output", str(folder), *options],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from deltalab.cli.sweep_table import table
 from deltalab.core.errors import UserError
 from deltalab.core.files import write_json
 from deltalab.lab import trials as module
+from deltalab.lab import tuning
 from deltalab.lab.compare import runs_of
-from deltalab.lab.trials import chosen, create, find, share, work
+from deltalab.lab.trials import create, find, share, work
+from deltalab.lab.tuning import chosen
 from tests.lab.sweeps import spec
 
 LR = {"values": {"optim.lr": [1e-3, 3e-3, 3e-2]}, "validation": 0.25}
@@ -81,8 +83,8 @@ ROWS: dict = {}
 
 @pytest.fixture
 def figures(monkeypatch):
-    monkeypatch.setattr(module, "read_record", lambda place: place)
-    monkeypatch.setattr(module, "row_of", lambda place: ROWS[place])
+    monkeypatch.setattr(tuning, "read_record", lambda place: place)
+    monkeypatch.setattr(tuning, "row_of", lambda place: ROWS[place])
 
 
 @pytest.mark.parametrize(("by", "want"), [("score.a.accuracy", 3e-3), ("held_out", 1e-3), ("score.a.perplexity", 3e-2), (None, 3e-3)])  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 
 from deltalab.report import build_report
 from tests.report.fixture import drift_record, score_record
+from tests.report.made_up import sweep_of
 
 pytestmark = pytest.mark.browser
 
@@ -31,10 +32,24 @@ RECORDS = {
 }
 
 
-@pytest.fixture(scope="module", params=RECORDS)
+def many_groups(folder):
+    """A sweep of 24 groups with long names, some trials failed, in a folder that is there."""
+    plan = {"adapt.r": [1, 2, 4, 8], "adapt.alpha": [8, 16], "optim.lr": [0.0001, 0.0003, 0.001]}
+
+    def right(trial):
+        spec = trial.spec
+        return "out of memory" if spec.seed == 3 else 30 + 4 * spec.adapt[0].r + round(3000 * spec.optim.lr) + spec.seed
+
+    sweep_of(folder, right, 100, product=plan)
+
+
+@pytest.fixture(scope="module", params=[*RECORDS, "many groups"])
 def page_file(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("study")
-    (folder / "record.json").write_text(json.dumps(RECORDS[request.param]()))
+    if request.param in RECORDS:
+        (folder / "record.json").write_text(json.dumps(RECORDS[request.param]()))
+    else:
+        many_groups(folder)
     with pytest.MonkeyPatch.context() as patch:  # the page alone
         patch.setattr("deltalab.report.figures.save", lambda plot, folder: [])
         return build_report(folder).page

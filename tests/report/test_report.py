@@ -75,7 +75,8 @@ def test_everything_is_written(built):
     } <= names
     for path in built.figures:
         head = path.read_bytes()[:400]
-        assert head.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in head or b"<?xml" in head
+        start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix]
+        assert head.startswith(start), path.name
         if path.suffix == ".svg":
             ET.parse(path)
 

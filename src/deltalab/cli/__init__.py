@@ -34,7 +34,7 @@ VERBS = {
     "methods": "print the table of methods, or all about one: deltalab methods LoRA",
     "targets": "list the target names of a model, with counts and presets",
     "combine": "make several adapters of one base into one: deltalab combine BASE A B --out FOLDER",
-    "report": "build the report of a record again: HTML page, text, JSON, figures",
+    "report": "build the report of a record or a sweep again: HTML page, text, JSON, figures",
     "clean": "remove what stopped runs left and finished ones need no more; never results",
     "doctor": "show versions, devices, memory and disk, and run a ten-second self-test",
 }

@@ -1,6 +1,6 @@
 """`deltalab inspect ADAPTER|RUN|MODEL …`: the spectra and ranks inside changes of weights, and what several have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,16 +76,6 @@ def table(lines: Sequence["Inside"]) -> str:
     return "\n".join(text) + note
 
 
-def heat(
-    lines: Sequence["Inside"], value: Callable[["Inside"], float]
-) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Layers, kinds of module, and a value at each; None where there is none."""
-    kinds = list(dict.fromkeys(line.module for line in lines))
-    layers = sorted({line.layer for line in lines if line.layer is not None})
-    at = {(line.layer, line.module): value(line) for line in lines}
-    return [str(layer) for layer in layers], kinds, [[at.get((layer, kind)) for kind in kinds] for layer in layers]
-
-
 def _base_of(place: Path) -> str | None:
     """The model that an adapter's or run's files name."""
     from deltalab.core.files import read_json
@@ -131,7 +121,8 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
     from deltalab.core.files import write_json
     from deltalab.deltas.select import in_attention
     from deltalab.report.figures import save
-    from deltalab.report.panels import Grid, Plot
+    from deltalab.report.inside import heat_map
+    from deltalab.report.panels import Plot
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "inspect.json"]
@@ -142,10 +133,9 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
     for number, (place, (lines, _)) in enumerate(found.items(), 1):
         panels: list[Any] = []
         for name, title, value in (("relative", "‖ΔW‖ / ‖W‖, per cent", lambda x: x.relative), ("utilisation", "effective rank, per cent of the rank", lambda x: x.utilisation)):  # fmt: skip
-            rows, columns, values = heat(lines, value)
-            top = max((v for row in values for v in row if v is not None), default=1.0) or 1.0
-            if rows:
-                panels.append(Grid(name, title, rows, columns, values, top))
+            at = {(line.layer, line.module): value(line) for line in lines if line.layer is not None}
+            if (grid := heat_map(name, title, at)) is not None:
+                panels.append(grid)
         panels += [panel for words, within in (("attention", True), ("elsewhere", False))
                    if (panel := _spectra([x for x in lines if in_attention(x.path) is within], words)) is not None]  # fmt: skip
         written += save(Plot(f"inspect-{number}", place, "", panels, 1), out)
@@ -154,16 +144,18 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
 
 def _spectra(lines: Sequence["Inside"], where: str) -> Any:
     """A panel of the singular values of each kind of module; None without lines."""
+    from deltalab.report.inside import mean_spectrum
     from deltalab.report.panels import Line, Lines
 
     if not lines:
         return None
-    longest = max(len(line.S) for line in lines)
-    curves = []
-    for number, kind in enumerate(dict.fromkeys(line.module for line in lines)):
-        some = [[*line.S, *[0.0] * (longest - len(line.S))] for line in lines if line.module == kind]
-        means = [sum(values) / len(some) for values in zip(*some, strict=True)]
-        curves.append(Line(kind, means, COLOURS[number % len(COLOURS)]))
+    kinds = dict.fromkeys(line.module for line in lines)
+    means = {kind: mean_spectrum([line.S for line in lines if line.module == kind]) for kind in kinds}
+    longest = max(len(mean) for mean in means.values())
+    curves = [
+        Line(kind, [*mean, *[0.0] * (longest - len(mean))], COLOURS[number % len(COLOURS)])
+        for number, (kind, mean) in enumerate(means.items())
+    ]
     return Lines(
         f"spectra-{where}",
         f"Singular values of ΔW, {where}, means over layers",

@@ -28,6 +28,7 @@ def command(
     shard: Annotated[str | None, typer.Option(help="this machine's part of the trials: 1/4 … 4/4")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False,
     status: Annotated[bool, typer.Option("--status", help="how far a sweep is, from any terminal")] = False,
+    report: Annotated[bool, typer.Option(help="build the page, text, JSON and figures of what is finished")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, and run none")] = False,
     show: Annotated[bool, typer.Option("--show", help="print the spec, a preset's say, and run nothing")] = False,
 ) -> None:
@@ -74,6 +75,8 @@ def command(
         sweep = find(sweep.folder)
         run(sweep, share(sweep, shard), shard, jobs, executor, address)
     print(table(sweep))
+    if report:
+        page(sweep)
 
 
 def run(
@@ -106,3 +109,12 @@ def run(
                 Crew(sweep, left, shard, at_once, threads, say).run()
     if any(sweep.state(trial) == "finished" for trial in sweep.trials):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
+
+
+def page(sweep: "Sweep") -> None:
+    """Build the report of what is finished, if anything is; what it found, and where it is."""
+    from deltalab.report import build_report
+
+    if any(sweep.state(trial) == "finished" for trial in sweep.trials):
+        built = build_report(sweep.folder)
+        print(f"\n{built.verdict}\n\nreport: {built.page}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 import pydantic
 from pydantic import Field
 
-from deltalab.core.errors import UserError
+from deltalab.core.errors import UserError, nearest
 from deltalab.core.spec import Spec, build, put
 from deltalab.train.spec import TrainSpec
 
@@ -101,7 +101,7 @@ class Trial:
     @property
     def label(self) -> str:
         """The group and the seed; of a trial to choose by, also what it tries."""
-        tries = f"tuning {_words(self.tuned)}: " if self.tuned else ""
+        tries = f"tuning {words(self.tuned)}: " if self.tuned else ""
         return f"{tries}{self.group}, seed={self.spec.seed}"
 
 
@@ -112,6 +112,9 @@ def trials(spec: SweepSpec, chosen: Mapping[str, Mapping[str, Any]] | None = Non
     Raises: UserError with the faults of the first trial that has some, and its settings.
     """
     found: dict[str, Trial] = {}
+    groups = [name for name, _, _ in _groups(spec)]
+    if spec.baseline is not None and spec.baseline not in groups:
+        raise UserError(f"baseline: no group is called '{spec.baseline}'.", nearest=nearest(spec.baseline, groups) or groups[:3])  # fmt: skip
     for group, settings, _ in _groups(spec):
         if chosen is not None and group not in chosen:
             continue
@@ -141,11 +144,11 @@ def _groups(spec: SweepSpec) -> Iterator[tuple[str, dict[str, Any], dict[str, li
     for parts in itertools.product(*spec.axes()):
         settings = {key: value for part in parts for key, value in part.items() if key != TUNE}
         own = next((part[TUNE] for part in parts if TUNE in part), None)
-        name = ", ".join(filter(None, map(_words, parts))) or "base"
+        name = ", ".join(filter(None, map(words, parts))) or "base"
         yield name, settings, own or (spec.tune.values if spec.tune else {})
 
 
-def _words(part: Mapping[str, Any]) -> str:
+def words(part: Mapping[str, Any]) -> str:
     """The settings of one axis in words: their name, or each key's last part and its value."""
     own = {key.rpartition(".")[2]: value for key, value in part.items() if key != TUNE}
     return str(part[NAME]) if NAME in part else ", ".join(f"{key}={short(value)}" for key, value in own.items())

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deltalab.core.errors import UserError, nearest
+from deltalab.core.errors import UserError
 from deltalab.core.files import InUse, read_json, remove, write_json
-from deltalab.core.records import read_record
 from deltalab.core.spec import build
-from deltalab.lab.rows import rises, row_of
 from deltalab.lab.spec import SweepSpec, Trial, trials, tuning_trials
+from deltalab.lab.tuning import chosen
 
 State = Literal["finished", "failed", "running", "begun", "waiting"]
 
@@ -91,42 +90,6 @@ def _sweep(folder: Path, spec: SweepSpec) -> Sweep:
         return Sweep(folder, spec, trials(spec))
     begun = Sweep(folder, spec, [], tuning_trials(spec))
     return Sweep(folder, spec, trials(spec, chosen(begun)), begun.tuning)
-
-
-def chosen(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """Group -> the best of what was tried for it, of every group whose trials to choose by have ended; the first of equals.
-
-    Raises: UserError if a trial does not have the measure.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(trial.group for trial in sweep.tuning):
-        mine = [trial for trial in sweep.tuning if trial.group == name]
-        states = [sweep.state(trial) for trial in mine]
-        if not set(states) <= {"finished", "failed"} or "finished" not in states:
-            continue
-        values: dict[str, list[float]] = {}
-        for trial in (trial for trial, state in zip(mine, states, strict=True) if state == "finished"):
-            values.setdefault(json.dumps(trial.tuned), []).append(_quality(sweep, trial))
-        best = max(values, key=lambda tried: sum(values[tried]) / len(values[tried]))
-        found[name] = json.loads(best)
-    return found
-
-
-def _quality(sweep: Sweep, trial: Trial) -> float:
-    """The measure that a choice is made by, turned so that more is better."""
-    row = row_of(read_record(sweep.place(trial)))
-    measures = [
-        key
-        for key, value in row.items()
-        if isinstance(value, float) and (key.startswith("score.") or key == "held_out")
-    ]
-    by = (sweep.spec.tune and sweep.spec.tune.by) or next(iter(measures), "held_out")
-    if row.get(by) is None:
-        raise UserError(
-            f"no run has the measure '{by}' to choose by.", nearest=nearest(by, measures) or measures, next="tune.by"
-        )
-    value = float(row[by]) if rises(by) else -float(row[by])
-    return value if value == value else float("-inf")
 
 
 def work(

@@ -25,6 +25,7 @@ class Contents(NamedTuple):
     facts: list[Table]
     spec: str
     command: str
+    source: str = "record.json"  # what it was built from
 
     def plots(self) -> list[Plot]:
         """All figures, in order."""

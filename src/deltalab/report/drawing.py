@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from deltalab.report.charts import amounts, key, logarithmic, rows_down, scatter
 from deltalab.report.panels import (
+    Amounts,
     Bars,
     Compared,
     Effects,
@@ -19,13 +21,16 @@ from deltalab.report.panels import (
     Mark,
     Rate,
     Rates,
+    Scatter,
     Shares,
     Spread,
     Spreads,
     reach_of,
 )
-from deltalab.report.style import BAND, COLOURS, FAINT, INK, ON, labels_of, power, spread, wrapped
+from deltalab.report.style import BAND, COLOURS, FAINT, INK, ON, labels_of, power, spread
 
+DOTS = 20
+"""Values of a line with a key that get a dot each; of more, the line alone."""
 FEW = 40
 """Random groups that are drawn one by one; more become a histogram."""
 
@@ -35,11 +40,22 @@ def _lines(ax: Axes, panel: Lines) -> None:
         ax.fill_between(panel.x, *panel.band, color=BAND, alpha=0.55, linewidth=1.2, zorder=1)
     for line in panel.lines:
         colour = COLOURS[line.colour]
-        ax.plot(panel.x, line.values, color=colour, linewidth=1.8, marker="o", markersize=2.8, zorder=3, clip_on=False)
+        x = line.x or panel.x
+        if line.low:
+            ax.fill_between(x, line.low, line.high, color=colour, alpha=0.16, linewidth=0, zorder=2)
+        dot = "" if panel.keyed and len(x) > DOTS else "o"
+        ax.plot(x, line.values, line.dash, color=colour, linewidth=1.8, marker=dot, markersize=2.8, zorder=3, clip_on=False)  # fmt: skip
     ax.set_xlabel(panel.xlabel)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlim(panel.reach or (panel.x[0], panel.x[-1] if len(panel.x) > 1 else panel.x[0] + 1))
+    if panel.keyed:
+        key(ax, panel)
+    if panel.logy:
+        ax.set_yscale("log")
+        ax.set_ylabel(panel.ylabel)
+        logarithmic(ax.yaxis)
+        return
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     low, high = ax.get_ylim()
     high = panel.top or high
     if panel.zero and all(v >= 0 for line in panel.lines for v in line.values):
@@ -49,7 +65,8 @@ def _lines(ax: Axes, panel: Lines) -> None:
     exponent = 0 if -2 < exponent < 4 else exponent
     ax.yaxis.set_major_formatter(lambda y, _: f"{y / 10**exponent:.4g}".replace("-", "−"))
     ax.set_ylabel(panel.ylabel + (f",  {power(exponent, '× ')}" if exponent else ""))
-    _name_ends(ax, panel, low)
+    if not panel.keyed:
+        _name_ends(ax, panel, low)
 
 
 def _name_ends(ax: Axes, panel: Lines, low: float) -> None:
@@ -78,7 +95,7 @@ def _rates(ax: Axes, panel: Rates) -> None:
             annotation_clip=False,
         )
     _of_100(ax, panel.xlabel)
-    _rows(ax, [row.label for row in panel.rows])
+    rows_down(ax, [row.label for row in panel.rows])
 
 
 def _compared(ax: Axes, panel: Compared) -> None:
@@ -91,7 +108,7 @@ def _compared(ax: Axes, panel: Compared) -> None:
     for y in range(1, len(panel.rows)):
         ax.axhline(y - 0.5, color=FAINT, alpha=0.3, linewidth=0.6)
     _of_100(ax, panel.xlabel)
-    _rows(ax, [label for label, _ in panel.rows])
+    rows_down(ax, [label for label, _ in panel.rows])
     _legend(ax, panel.arms, panel.colours, right=True)
 
 
@@ -128,7 +145,7 @@ def _effects(ax: Axes, panel: Effects) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.4g}".replace("-", "−"))
     ax.set_xlabel(panel.xlabel)
-    _rows(ax, [mark.label for mark in panel.rows])
+    rows_down(ax, [mark.label for mark in panel.rows])
 
 
 def _mark(ax: Axes, mark: Mark, y: float) -> None:
@@ -159,7 +176,7 @@ def _shares(ax: Axes, panel: Shares) -> None:
             left += share
     ax.set_xlim(0, 100)
     ax.set_xlabel("share of replies, %")
-    _rows(ax, [label for label, _ in panel.rows])
+    rows_down(ax, [label for label, _ in panel.rows])
     ax.spines["left"].set_visible(False)
     _legend(ax, panel.parts, panel.colours)
 
@@ -188,7 +205,7 @@ def _spreads(ax: Axes, panel: Spreads) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(10 ** panel.limits[0], 10 ** panel.limits[1])
     ax.set_xlabel(panel.xlabel)
-    _rows(ax, labels_of(panel), pad=0.75)
+    rows_down(ax, labels_of(panel), pad=0.75)
     ax.spines["left"].set_visible(False)
 
 
@@ -211,12 +228,20 @@ def _grid(ax: Axes, panel: Grid) -> None:
                 continue
             shade = min(1.0, value / panel.top)
             ax.barh(y, 0.96, left=x - 0.48, height=0.94, color=COLOURS["blue"], alpha=0.05 + 0.95 * shade, linewidth=0)
-            ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=ON if shade > 0.6 else INK)
+            ax.text(
+                x,
+                y,
+                f"{panel.scale * value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=ON if shade > 0.6 else INK,
+            )
     ax.set_xlim(-0.5, len(panel.columns) - 0.5)
     turned = max(map(len, panel.columns)) > 6
     ax.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8, rotation=30 if turned else 0)
     ax.tick_params(length=0)
-    _rows(ax, panel.rows, pad=0.5)
+    rows_down(ax, panel.rows, pad=0.5)
     for side in ax.spines.values():
         side.set_visible(False)
 
@@ -228,16 +253,10 @@ def _bars(ax: Axes, panel: Bars) -> None:
         ax.text(value + 0.015 * top, y, f"{value:.1f}" if value < 100 else f"{value:.0f}", va="center", fontsize=8.5)
     ax.set_xlim(0, 1.12 * top)
     ax.set_xlabel(panel.xlabel)
-    _rows(ax, [label for label, _ in panel.rows])
-
-
-def _rows(ax: Axes, labels: Sequence[str], pad: float = 0.6) -> None:
-    """Named rows from the top down."""
-    ax.set_yticks(range(len(labels)), [wrapped(label) for label in labels])
-    ax.tick_params(axis="y", length=0, pad=7)
-    ax.set_ylim(len(labels) - 1 + pad, -pad)
+    rows_down(ax, [label for label, _ in panel.rows])
 
 
 DRAW: dict[type, Any] = {
     Lines: _lines, Rates: _rates, Compared: _compared, Effects: _effects, Shares: _shares, Spreads: _spreads, Grid: _grid, Bars: _bars,
+    Scatter: scatter, Amounts: amounts,
 }  # fmt: skip

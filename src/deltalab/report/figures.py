@@ -1,6 +1,6 @@
 """Figures from panels: laid out, and written as files or as parts of the page.
 
-The files (PNG, SVG) hold a plot's panels together; the page lays them out one by one, so it reads on a wide screen and
+The files (PNG, SVG, PDF) hold a plot's panels together; the page lays them out one by one, so it reads on a wide screen and
 on a narrow one. Inline, each colour is a CSS variable, so the page can lighten it at night.
 """
 
@@ -16,8 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deltalab.core.files import replacing
+from deltalab.report.charts import key_of
 from deltalab.report.drawing import DRAW
 from deltalab.report.panels import (
+    Amounts,
     Bars,
     Compared,
     Effects,
@@ -26,6 +28,7 @@ from deltalab.report.panels import (
     Panel,
     Plot,
     Rates,
+    Scatter,
     Shares,
     Spreads,
     Stack,
@@ -38,7 +41,7 @@ _STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8, "text.color": INK,
     "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 3, "svg.fonttype": "path", "svg.hashsalt": "deltalab",
-    "axes.unicode_minus": True,
+    "axes.unicode_minus": True, "pdf.fonttype": 42, "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -67,14 +70,18 @@ class Row(NamedTuple):
 
 ROWS = {
     Rates: Row(right=0.52), Bars: Row(right=0.15), Shares: Row(0.33, top=0.58), Spreads: Row(0.5), Grid: Row(0.36, bottom=0.6),
-    Compared: Row(0.5, right=0.2, top=0.58), Effects: Row(0.5, right=0.2),
+    Compared: Row(0.5, right=0.2, top=0.58), Effects: Row(0.5, right=0.2), Amounts: Row(right=0.2),
 }  # fmt: skip
 
 
+DATES: dict[str, dict[str, None] | None] = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Kinds of files, and what keeps a date out of each: the same figure is the same bytes."""
+
+
 def save(plot: Plot, folder: str | Path) -> list[Path]:
-    """Write the figure as `<name>.png` (200 dpi) and `<name>.svg`, all panels together; returns the two paths."""
+    """Write the figure as `<name>.png` (200 dpi), `<name>.svg` and `<name>.pdf`, all panels together; returns the paths."""
     figure = draw(plot.panels, plot.columns)
-    paths = [Path(folder) / f"{plot.name}.{kind}" for kind in ("png", "svg")]
+    paths = [Path(folder) / f"{plot.name}.{kind}" for kind in DATES]
     for path in paths:
         with replacing(path) as tmp, matplotlib.rc_context(_STYLE):
             figure.savefig(
@@ -82,7 +89,7 @@ def save(plot: Plot, folder: str | Path) -> list[Path]:
                 format=path.suffix[1:],
                 dpi=200,
                 facecolor="white",
-                metadata={"Date": None} if path.suffix == ".svg" else None,
+                metadata=DATES[path.suffix[1:]],
             )
     return paths
 
@@ -131,10 +138,17 @@ def size_of(panel: Panel) -> Size:
         left, right = max(part.left for part in parts), max(part.right for part in parts)
         return Size(0.1 + sum(part.height for part in parts), left, right, 0.36, 0.52)
     if isinstance(panel, Lines):
+        if panel.keyed:
+            height = key_of(panel)[1]
+            return Size(2.95 + height, 0.68, 0.2, 0.36, 0.52 + height)
         labels = [line.label for line in panel.lines] + [panel.band_label]
         return Size(2.95, 0.68, 0.2 + LETTER * max(map(len, labels)), 0.36, 0.52)
+    if isinstance(panel, Scatter):
+        return Size(3.1, 0.68, 0.3, 0.36, 0.52)
     row, labels = ROWS[type(panel)], [wrapped(label) for label in labels_of(panel)]
     right, top = row.right, row.top
+    if isinstance(panel, Amounts):
+        right += LETTER * max((len(row.note) for row in panel.rows), default=0)
     if isinstance(panel, Effects):
         right += LETTER * max((len(mark.note) for mark in panel.rows), default=0)
         top += LINE if any(label for _, _, label in panel.zones) else 0

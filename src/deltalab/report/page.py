@@ -48,12 +48,20 @@ def page(contents: Contents, version: str) -> str:
         spec=contents.spec,
         command=contents.command,
         version=version,
+        source=contents.source,
     )
 
 
 def _figure(plot: Plot, counter: Any) -> dict[str, Any]:
     svgs = [inline(panel, next(counter)) for panel in plot.panels]
-    return {"title": plot.title, "caption": plot.caption, "svgs": svgs, "width": min(3, len(svgs))}
+    pairs = plot.columns == 2 and len(svgs) > 2
+    return {
+        "title": plot.title,
+        "caption": plot.caption,
+        "svgs": svgs,
+        "width": 3 if pairs else min(3, len(svgs), plot.columns),
+        "pairs": pairs,
+    }
 
 
 def _verdict(one: Told, contents: Contents) -> dict[str, Any]:

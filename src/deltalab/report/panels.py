@@ -9,11 +9,18 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """One line: its label stands at its end. `values` are as many as the panel's `x`."""
+    """One line: its label stands at its end. `values` are as many as the panel's `x`, or as its own.
+
+    low, high: the borders of its own band, as many as the values; nothing for none.
+    """
 
     label: str
     values: Sequence[float]
     colour: str
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    x: Sequence[float] = ()
+    dash: str = "-"
 
 
 class Lines(NamedTuple):
@@ -30,6 +37,8 @@ class Lines(NamedTuple):
     top: float | None = None  # of the y axis, where several panels are to be compared
     zero: bool = True  # whether the y axis begins at 0
     reach: tuple[float, float] | None = None  # of the x axis, where several panels are to stand over each other
+    logy: bool = False
+    keyed: bool = False  # the labels stand in a key below, not at the lines' ends
 
 
 class Stack(NamedTuple):
@@ -138,7 +147,7 @@ class Spreads(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A small table of numbers in 0…1, shaded."""
+    """A small table of numbers, shaded up to `top`; shown times `scale`, which makes shares per cent."""
 
     name: str
     title: str
@@ -146,6 +155,56 @@ class Grid(NamedTuple):
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     top: float
+    scale: float = 100.0
+
+
+class Point(NamedTuple):
+    """A point with limits of its y where they are known. filled: it is told apart from the others. named: its label is to be shown."""
+
+    label: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    filled: bool = True
+    named: bool = True
+    colour: str = "blue"
+
+
+class Scatter(NamedTuple):
+    """Points, with a line through some of them. joined: its corners. steps: the line goes in steps, as a front of the best does."""
+
+    name: str
+    title: str
+    xlabel: str
+    ylabel: str
+    points: Sequence[Point]
+    joined: Sequence[tuple[float, float]] = ()
+    steps: bool = True
+    logx: bool = False
+    ticks: Sequence[float] = ()  # of the x axis; chosen if not given
+
+
+class Amount(NamedTuple):
+    """A named amount, with its limits where they are known. note: words at the end of the row."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    colour: str = "blue"
+    note: str = ""
+
+
+class Amounts(NamedTuple):
+    """Amounts with intervals: bars from zero, or dots where zero is far away (`bars` false) or the axis is a logarithm's."""
+
+    name: str
+    title: str
+    xlabel: str
+    rows: Sequence[Amount]
+    bars: bool = True
+    log: bool = False
 
 
 class Bars(NamedTuple):
@@ -157,7 +216,7 @@ class Bars(NamedTuple):
     rows: Sequence[tuple[str, float]]
 
 
-Panel = Lines | Stack | Rates | Compared | Effects | Shares | Spreads | Grid | Bars
+Panel = Lines | Stack | Rates | Compared | Effects | Shares | Spreads | Grid | Bars | Scatter | Amounts
 
 
 class Plot(NamedTuple):
@@ -217,13 +276,31 @@ def describe(panel: Panel) -> str:
             return f"{panel.title}. {'; '.join(rows)}."
         case Bars():
             return f"{panel.title}, {panel.xlabel}: {', '.join(f'{label} {value:.1f}' for label, value in panel.rows)}."
+        case Scatter():
+            said = (f"{p.label} {_said(p.y)}{_limits(p.low, p.high)} at {_said(p.x)}" for p in panel.points)
+            return f"{panel.title}, {panel.ylabel} against {panel.xlabel}: {'; '.join(said)}."
+        case Amounts():
+            said = (f"{row.label} {_said(row.value)}{_limits(row.low, row.high)}" for row in panel.rows)
+            return f"{panel.title}, {panel.xlabel}: {'; '.join(said)}."
 
 
 def _at_the_end(panel: Lines) -> str:
-    parts = [f"{line.label} {line.values[-1]:.3g}" for line in panel.lines]
+    parts = []
+    for line in panel.lines:
+        at = f" at {line.x[-1]:g}" if line.x and line.x[-1] != panel.x[-1] else ""
+        band = f" ({line.low[-1]:.3g} to {line.high[-1]:.3g})" if line.low else ""
+        parts.append(f"{line.label} {line.values[-1]:.3g}{band}{at}")
     if panel.band:
         parts.append(f"{panel.band_label} {panel.band[0][-1]:.3g} to {panel.band[1][-1]:.3g}")
     return f"{panel.ylabel}, at {panel.xlabel} {panel.x[-1]:g}: {', '.join(parts)}"
+
+
+def _limits(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({_said(low)} to {_said(high)})"
+
+
+def _said(value: float) -> str:
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
 
 
 def _rate(rate: Rate) -> str:
@@ -245,4 +322,4 @@ def _mark(mark: Mark) -> str:
 
 def _cells(panel: Grid, values: Sequence[float | None]) -> str:
     named = zip(panel.columns, values, strict=True)
-    return ", ".join(f"{column} {100 * value:.1f}" for column, value in named if value is not None)
+    return ", ".join(f"{column} {panel.scale * value:.1f}" for column, value in named if value is not None)

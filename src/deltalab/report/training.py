@@ -63,8 +63,7 @@ def plots(record: Record) -> list[Plot]:
     curves, panels = record["curves"], []
     if train := curves.get("train"):
         size = -(-len(train) // POINTS)
-        stretches = [list(rows) for _, rows in itertools.groupby(train, key=lambda row: (row["step"] - 1) // size)]
-        x, y = [rows[-1]["step"] for rows in stretches], [_mean(rows) for rows in stretches]
+        x, y = (list(values) for values in zip(*stretches(train, size), strict=True))
         panels.append(
             Lines("loss", "Training loss", x, "optimizer step", "loss, nats per token", [Line("training", y, "orange")])
         )
@@ -111,6 +110,12 @@ def plots(record: Record) -> list[Plot]:
 
 def _accuracies(record: Record) -> dict[str, Any]:
     return {task: after for task, after in record["scores"]["after"].items() if "accuracy" in after}
+
+
+def stretches(train: list[dict[str, Any]], size: int) -> list[tuple[int, float]]:
+    """The last step and the mean training loss of each stretch of `size` steps."""
+    parts = [list(rows) for _, rows in itertools.groupby(train, key=lambda row: (row["step"] - 1) // size)]
+    return [(rows[-1]["step"], _mean(rows)) for rows in parts]
 
 
 def _mean(rows: list[dict[str, Any]]) -> float:

@@ -14,7 +14,14 @@ OPEN = ("undecided", "measures disagree")
 TONES = {**dict.fromkeys(BAD, "bad"), **dict.fromkeys(GOOD, "good"), **dict.fromkeys(OPEN, "open")}
 """How the outcome of a verdict is coloured; one that is not here is a plain fact."""
 
-SECTIONS = {"drift": "drift", "score": "scores", "ablation": "ablation", "freezing": "freezing"}
+SECTIONS = {
+    "drift": "drift",
+    "score": "scores",
+    "ablation": "ablation",
+    "freezing": "freezing",
+    "measures": "measures",
+    "trials": "trials",
+}
 """Kind of a verdict → the section with its picture; the other kinds are of replies."""
 
 FEW = 10
@@ -48,7 +55,7 @@ class Told(NamedTuple):
     @property
     def tone(self) -> str:
         """How its outcome is coloured."""
-        return TONES.get(self.outcome, "fact")
+        return str(self.numbers.get("tone") or TONES.get(self.outcome, "fact"))
 
     def plain(self) -> dict[str, Any]:
         """As the record has it."""
