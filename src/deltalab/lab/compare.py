@@ -28,7 +28,7 @@ from deltalab.lab.table import examples, examples_in, row, row_of
 from deltalab.lab.trials import find
 
 ALPHA = 0.05
-FALLING = ("loss", "perplexity", "held_out")
+FALLING = ("loss", "perplexity", "held_out", "bits_per_byte", "brier_score", ".ter", ".wer")
 """Ends of the names of measures of which less is better."""
 
 

@@ -19,7 +19,7 @@ from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, sam
 from deltalab.data.choices import encode_choices
 from deltalab.data.collate import collate
 from deltalab.data.metrics import Measures
-from deltalab.data.tasks import Task
+from deltalab.data.tasks import LMEvalTask, Task
 from deltalab.deltas.adapt import Batches, trainable
 from deltalab.deltas.freeze import Freezer
 from deltalab.deltas.peft_format import save_adapter
@@ -30,6 +30,7 @@ from deltalab.models.precision import require_bfloat16
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.devices import processes
 from deltalab.train.evaluate import evaluate, summary
+from deltalab.train.lm_eval import lm_eval_scores
 from deltalab.train.loop import Loop, Probe
 from deltalab.train.optim import trained_parameters
 from deltalab.train.probes import probes_of
@@ -175,14 +176,18 @@ def first_batches(train_set: Sequence[Encoded], tokenizer: PreTrainedTokenizerBa
 
 
 def scores(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Measures]:
-    """The tasks' own measures, by tag; of two tasks with one tag the second is `tag.2`."""
+    """The tasks' own measures, by tag, those of lm-eval by its names; of two tasks with one tag the second is `tag.2`."""
     context = context_of(model, spec)
     values: dict[str, Measures] = {}
     for task in spec.data:
-        found = evaluate(task, model, tokenizer, context)
-        if found:
-            same = sum(name.split(".")[0] == task.task for name in values)
-            values[f"{task.task}.{same + 1}" if same else task.task] = found
+        if isinstance(task, LMEvalTask):
+            some = lm_eval_scores(task, model, tokenizer)
+        else:
+            some = {task.task: evaluate(task, model, tokenizer, context)}
+        for tag, found in some.items():
+            if found:
+                same = sum(name == tag or name.rpartition(".")[0] == tag for name in values)
+                values[f"{tag}.{same + 1}" if same else tag] = found
     return values
 
 
