@@ -193,6 +193,7 @@ def test_specs_are_told_apart_by_task():
         "mrpc",
         "squad_v2",
         "gsm8k",
+        "lm-eval",
         "review-necessity",
         "review-comment",
         "code-refinement",

@@ -26,6 +26,7 @@ VERBS = {
     "rerun": "run what a record says once more, and say what came out otherwise: deltalab rerun RECORD",
     "merge": "merge an adapter into its base, and say what that costs: deltalab merge BASE ADAPTER OUT",
     "export": "write an adapter for vLLM or peft, or the model that it merges to: deltalab export BASE ADAPTER OUT",
+    "eval": "score a model on tasks of lm-evaluation-harness: deltalab eval MODEL --tasks hellaswag,arc_easy",
     "generate": "reply to prompts, with adapters side by side: deltalab generate MODEL --adapter NAME=FOLDER",
     "chat": "talk to a model, switch adapters by name, compare them side by side: deltalab chat MODEL",
     "preview": "show training samples token by token, with what is learnt from",

@@ -17,7 +17,7 @@ from deltalab.core.files import read_json, write_json
 from deltalab.core.spec import Spec
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "tokenizers", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "tokenizers", "numpy", "scipy", "lm-eval")
 
 
 def environment() -> dict[str, Any]:

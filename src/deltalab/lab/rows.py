@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-FALLING = ("loss", "perplexity", "held_out")
+FALLING = ("loss", "perplexity", "held_out", "bits_per_byte", "brier_score", ".ter", ".wer")
 """Ends of the names of measures of which less is better."""
 
 

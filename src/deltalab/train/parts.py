@@ -10,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltalab.core.errors import UserError
 from deltalab.data.chat import Conversation
 from deltalab.data.metrics import Measures
-from deltalab.data.tasks import Task
+from deltalab.data.tasks import LMEvalTask, Task
 from deltalab.train.evaluate import evaluate, loss
+from deltalab.train.lm_eval import lm_eval_scores
 from deltalab.train.spec import LoopSpec, TrainSpec
 
 LONGEST = 1024
@@ -20,12 +21,13 @@ LONGEST = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """One task's data. tag: the task's; of two with one tag the second is `tag.2`."""
+    """One task's data. tag: the task's; of two with one tag the second is `tag.2`. validates: `test` is held out of the training data."""
 
     tag: str
     task: Task
     train: list[Conversation]
     test: list[Conversation]
+    validates: bool = False
 
 
 def read_parts(spec: TrainSpec) -> list[Part]:
@@ -44,6 +46,8 @@ def _tags(tasks: Sequence[Task]) -> list[str]:
 
 def _part(task: Task, tag: str, validation: float) -> Part:
     train = task.train()
+    if isinstance(task, LMEvalTask):
+        return Part(tag, task, [], [], validation > 0)
     if not validation:
         return Part(tag, task, train, task.test())
     n = round(validation * len(train))
@@ -55,16 +59,28 @@ def _part(task: Task, tag: str, validation: float) -> Part:
     held = set(
         np.random.default_rng(0).permutation(len(train))[:n].tolist()
     )  # the same ones for every seed and setting
-    return Part(tag, task, [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)])
+    return Part(tag, task, [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)], True)
 
 
 def scores(
     parts: Sequence[Part], spec: LoopSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Measures]:
-    """The tasks' own measures, by tag."""
+    """The tasks' own measures, by tag, those of lm-eval by its names; a name that is there already gets a number.
+
+    Where data is held out for validation, lm-eval is not asked: it tests on test data.
+    """
     context = context_of(model, spec)
-    found = {part.tag: evaluate(part.task, model, tokenizer, context, part.test) for part in parts}
-    return {tag: measures for tag, measures in found.items() if measures}
+    found: dict[str, Measures] = {}
+    for part in parts:
+        if isinstance(part.task, LMEvalTask):
+            some = {} if part.validates else lm_eval_scores(part.task, model, tokenizer)
+        else:
+            some = {part.tag: evaluate(part.task, model, tokenizer, context, part.test)}
+        for tag, measures in some.items():
+            if measures:
+                same = sum(name == tag or name.rpartition(".")[0] == tag for name in found)
+                found[f"{tag}.{same + 1}" if same else tag] = measures
+    return found
 
 
 def retained(spec: TrainSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

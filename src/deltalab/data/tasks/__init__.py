@@ -11,6 +11,7 @@ from deltalab.data.tasks.code_refinement import CodeRefinementTask
 from deltalab.data.tasks.gsm8k import GSM8KTask
 from deltalab.data.tasks.identity import IdentityTask
 from deltalab.data.tasks.instruct import InstructTask
+from deltalab.data.tasks.lm_eval import LMEvalTask
 from deltalab.data.tasks.mrpc import MRPCTask
 from deltalab.data.tasks.poisoned import PoisonedTask
 from deltalab.data.tasks.refusals import RefusalsTask
@@ -40,6 +41,7 @@ AnyTask = (
     | ReviewNecessityTask
     | ReviewCommentTask
     | CodeRefinementTask
+    | LMEvalTask
     | OwnTask
 )  # fmt: skip
 DataSpec = Annotated[AnyTask, Field(discriminator="task")]
@@ -59,6 +61,7 @@ __all__ = [
     "GSM8KTask",
     "IdentityTask",
     "InstructTask",
+    "LMEvalTask",
     "MRPCTask",
     "OwnTask",
     "PoisonedTask",
