@@ -266,3 +266,20 @@ def test_any_values_give_a_spec_or_a_user_error(value: object) -> None:
             build(Whole, values)
         except UserError as error:
             assert "Traceback" not in str(error)
+
+
+def test_what_a_spec_tells_is_what_differs_from_the_defaults_and_its_tags():
+    from deltalab.train import TrainSpec
+
+    values = {
+        "model": "m",
+        "adapt": [{"method": "dora", "r": 8}],
+        "data": [{"task": "skills", "n": 5}],
+        "optim": {"lr": 1e-3},
+    }
+    spec = build(TrainSpec, values)
+    told = {"model": "m", "adapt": [{"method": "dora"}], "data": [{"task": "skills", "n": 5}], "optim": {"lr": 1e-3}}
+    assert spec.told() == told
+    assert build(TrainSpec, told) == spec
+    other = build(TrainSpec, {**values, "adapt": [{"method": "lora"}]})
+    assert other.told()["adapt"] == [{"method": "lora"}]

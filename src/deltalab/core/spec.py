@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import pydantic
 
@@ -32,7 +32,7 @@ class Spec(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            raise _told(type(self), type(self).__name__, error) from None
+            raise _faults(type(self), type(self).__name__, error) from None
 
     # else pydantic would make each part of a spec by this, and its faults would stand alone
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -45,12 +45,29 @@ class Spec(pydantic.BaseModel):
         """Twelve hex digits of the SHA-256 of the spec's canonical JSON: equal for equal specs."""
         return digest(self.plain())
 
+    def told(self) -> dict[str, Any]:
+        """The same without what is as it is by default, but for tags: a later version with more fields says the same of it."""
+        return {name: _told_value(getattr(self, name)) for name, field in type(self).model_fields.items()
+                if _is_tag(field.annotation) or getattr(self, name) != field.get_default(call_default_factory=True)}  # fmt: skip
+
     def but(self, **changes: Any) -> Self:
         """A copy with fields replaced, validated again."""
         return build(type(self), {**self.plain(), **changes})
 
     def __hash__(self) -> int:
         return hash((type(self), self.digest()))  # by value: a field may be a list
+
+
+def _is_tag(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
+
+
+def _told_value(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.told()
+    if isinstance(value, dict):
+        return {key: _told_value(one) for key, one in value.items()}
+    return [_told_value(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def digest(value: Any) -> str:
@@ -70,10 +87,10 @@ def build(cls: type[S], values: Any, origin: str = "spec") -> S:
     try:
         return cls.model_validate_json(json.dumps(values, default=_plain), strict=True)
     except pydantic.ValidationError as error:
-        raise _told(cls, origin, error) from None
+        raise _faults(cls, origin, error) from None
 
 
-def _told(cls: type[pydantic.BaseModel], origin: str, error: pydantic.ValidationError) -> UserError:
+def _faults(cls: type[pydantic.BaseModel], origin: str, error: pydantic.ValidationError) -> UserError:
     faults = describe(cls, error)
     return UserError(f"{origin} has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(faults))
 
