@@ -95,7 +95,7 @@ def test_two_dozen_trials_killed_again_and_again(tmp_path):
 
 def test_a_worker_that_dies_is_replaced(tmp_path):
     sweep, said = create(spec(), tmp_path / "s"), []
-    crew = Crew(sweep, sweep.trials, None, 1, 1, said.append)
+    crew = Crew(sweep, None, 1, 1, said.append)
     killed = []
 
     def say(line):
@@ -122,7 +122,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
         f"    run.run_spec = lambda spec, *a, **k: os.kill(os.getpid(), signal.SIGKILL) if spec.digest() == '{bad.id}' else before(spec, *a, **k)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    Crew(sweep, sweep.trials, None, 1, 1, said.append).run()
+    Crew(sweep, None, 1, 1, said.append).run()
     assert list(sweep.states().values()) == ["failed", "finished"]
     assert "ended with signal 9, 3 times" in failure(sweep, bad)["error"]
     assert sum("goes on from its checkpoint" in line for line in said) == 2
@@ -132,7 +132,7 @@ def test_workers_that_cannot_begin_are_a_fault(tmp_path, monkeypatch):
     sweep = create(spec(product={}), tmp_path / "s")
     monkeypatch.setattr(local.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="before they take a trial"):
-        Crew(sweep, sweep.trials, None, 1, 1).run()
+        Crew(sweep, None, 1, 1).run()
 
 
 def test_ctrl_c_keeps_checkpoints(tmp_path):

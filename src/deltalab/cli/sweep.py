@@ -8,7 +8,7 @@ import typer
 from deltalab.cli.sweep_table import table, watched
 
 if TYPE_CHECKING:
-    from deltalab.lab.spec import Trial
+    from deltalab.lab.spec import SweepSpec, Trial
     from deltalab.lab.trials import Sweep
 
 EXECUTORS = ("local", "ray")
@@ -40,7 +40,7 @@ def command(
     from deltalab.core.errors import UserError
     from deltalab.core.spec import load_spec, override, read_yaml
     from deltalab.lab.presets import find as find_preset
-    from deltalab.lab.spec import SweepSpec, trials, tuning_trials
+    from deltalab.lab.spec import SweepSpec
     from deltalab.lab.trials import create, find, forget_failures, share
 
     if status:
@@ -57,9 +57,7 @@ def command(
         return
     read = load_spec(SweepSpec, file, overrides or [])
     if dry_run:
-        found = tuning_trials(read) or trials(read)
-        more = f", and {len(read.seeds)} more of each group with the best" if read.tune else ""
-        print("\n".join([f"{len(found)} trials{more}", *(f"  {trial.id}  {trial.label}" for trial in found)]))
+        print(plan(read))
         return
     if executor not in EXECUTORS:
         raise UserError(f"there is no executor '{executor}'.", nearest=list(EXECUTORS))
@@ -67,11 +65,17 @@ def command(
         raise UserError(
             "--jobs is for processes of this machine.", next="Ray places trials by what each asks for: leave --jobs out"
         )
+    if read.search is not None and (shard is not None or executor != "local"):
+        raise UserError("a search is one for all who work on it, and runs in worker processes.",
+                        next="the same command, without --shard and --executor, on each machine that shares the folder")  # fmt: skip
     sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
     if retry:
         forget_failures(sweep)
-    run(sweep, share(sweep, shard), shard, jobs, executor, address)
-    if sweep.tuning:  # what is best is known now
+    if sweep.spec.search is not None:
+        sweep = search(sweep, jobs)
+    else:
+        run(sweep, share(sweep, shard), shard, jobs, executor, address)
+    if sweep.spec.tune is not None:  # what is best is known now
         sweep = find(sweep.folder)
         run(sweep, share(sweep, shard), shard, jobs, executor, address)
     print(table(sweep))
@@ -85,17 +89,12 @@ def run(
     """Run what is left, and write the table."""
     import torch
 
-    from deltalab.core.machine import SMALL, cores, jobs_for
     from deltalab.lab.local import Crew
     from deltalab.lab.table import TABLE, write
-    from deltalab.models.load import weight_bytes
 
-    left = [trial for trial in mine if sweep.state(trial) not in ("finished", "failed")]
+    left = [trial for trial in mine if sweep.state(trial) not in ("finished", "pruned", "failed")]
     if left:
-        size = max(weight_bytes(trial.spec.model) for trial in left)
-        threads = 1 if size < 4 * SMALL else cores()
-        at_once = jobs or jobs_for(threads, 4.0 * size, len(left))
-        each = f"{threads} thread{'s' * (threads > 1)} each"
+        size, threads, at_once, each = room(left, len(left), jobs)
         if executor == "ray":
             from deltalab.lab.on_ray import Resources, run_on_ray
 
@@ -104,9 +103,9 @@ def run(
             with watched(sweep, at_once) as say:
                 run_on_ray(sweep, left, asks, address=address, say=say)
         else:
-            print(f"{len(left)} of {len(mine)} trials to run, {min(at_once, len(left))} side by side, {each}")
+            print(f"{len(left)} of {len(mine)} trials to run, {at_once} side by side, {each}")
             with watched(sweep, at_once) as say:
-                Crew(sweep, left, shard, at_once, threads, say).run()
+                Crew(sweep, shard, at_once, threads, say).run()
     if any(sweep.state(trial) == "finished" for trial in sweep.trials):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
 
@@ -118,3 +117,52 @@ def page(sweep: "Sweep") -> None:
     if any(sweep.state(trial) == "finished" for trial in sweep.trials):
         built = build_report(sweep.folder)
         print(f"\n{built.verdict}\n\nreport: {built.page}")
+
+
+def room(trials: "list[Trial]", left: int, jobs: int | None) -> tuple[int, int, int, str]:
+    """(bytes of the largest model, threads a trial, trials side by side of `left`, the threads in words)."""
+    from deltalab.core.machine import SMALL, cores, jobs_for
+    from deltalab.models.load import weight_bytes
+
+    size = max(weight_bytes(trial.spec.model) for trial in trials)
+    threads = 1 if size < 4 * SMALL else cores()
+    at_once = min(jobs or jobs_for(threads, 4.0 * size, left), left)
+    return size, threads, at_once, f"{threads} thread{'s' * (threads > 1)} each"
+
+
+def search(sweep: "Sweep", jobs: int | None) -> "Sweep":
+    """Search in each group, run the best of each, and write the table; the sweep as it is then."""
+    from deltalab.lab.local import Crew
+    from deltalab.lab.search import groups, studies
+    from deltalab.lab.table import TABLE, write
+    from deltalab.lab.trials import find
+
+    left = sum(study.left() for study in studies(sweep))
+    if left:
+        _, threads, at_once, each = room(groups(sweep.spec), left, jobs)
+        print(f"at most {left} trials to run, {at_once} side by side, {each}")
+        with watched(sweep, at_once) as say:
+            Crew(sweep, None, at_once, threads, say).run()
+    sweep = find(sweep.folder)
+    if any(sweep.state(trial) == "finished" for trial in sweep.trials or sweep.tuning):
+        print(f"table: {write(sweep)} ({TABLE} of all finished trials)")
+    return sweep
+
+
+def plan(spec: "SweepSpec") -> str:
+    """The trials, or what a search is going to do."""
+    from deltalab.lab.spec import trials, tuning_trials
+
+    if spec.search is None:
+        listed = tuning_trials(spec) or trials(spec)
+        more = f", and {len(spec.seeds)} more of each group with the best" if spec.tune else ""
+        return "\n".join([f"{len(listed)} trials{more}", *(f"  {trial.id}  {trial.label}" for trial in listed)])
+    from deltalab.lab.search import groups
+
+    found = groups(spec)
+    where = f" in each of {', '.join(group.group for group in found)}" if len(found) > 1 else ""
+    lines = [f"a search of {spec.search.trials} trials{where}, sampler {spec.search.sampler}, pruner {spec.search.pruner}"]  # fmt: skip
+    lines += [f"  {key}: {values}" for key, values in spec.search.space.items()]
+    if spec.search.then:
+        lines.append(f"then the best{' of each' if where else ''} with {len(spec.seeds)} seed{'s' * (len(spec.seeds) > 1)}")  # fmt: skip
+    return "\n".join(lines)

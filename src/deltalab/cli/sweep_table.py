@@ -19,6 +19,8 @@ SECONDS = 2.0
 
 def table(sweep: "Sweep") -> str:
     """Each trial with its state; of those that run, the step; of failed ones, why."""
+    from deltalab.core.files import read_json
+    from deltalab.lab.spec import short
     from deltalab.lab.trials import failure, step_of
 
     states, lines = sweep.states(), []
@@ -27,15 +29,22 @@ def table(sweep: "Sweep") -> str:
         note = ""
         if state in ("running", "begun"):
             note = f"step {step_of(sweep, trial)}"
+        elif state == "pruned":
+            told = read_json(sweep.place(trial) / "pruned.json", "note")
+            note = f"step {told['step']}, held-out loss {short(told['held_out'][-1])}"
         elif state == "failed":
             note = failure(sweep, trial)["error"].splitlines()[0]
         lines.append(f"  {state:<9} {trial.id}  {trial.label}" + (f"  ({note})" if note else ""))
+    if sweep.spec.search is not None:
+        from deltalab.lab.search import studies
+
+        lines = [study.line() for study in studies(sweep)] + lines
     return "\n".join([f"{sweep.folder}: {_counts(sweep, states)}", *lines])
 
 
 def _counts(sweep: "Sweep", states: "dict[str, State]") -> str:
     counts = Counter(states.values())
-    return f"{len(sweep.all)} trials, " + ", ".join(f"{n} {state}" for state, n in counts.items())
+    return ", ".join([f"{len(sweep.all)} trials", *(f"{n} {state}" for state, n in counts.items())])
 
 
 @contextlib.contextmanager
@@ -77,8 +86,10 @@ class _Look:
         """A line a group: how many trials have ended, the steps of those that run, and the mean of the first score so far."""
         from rich.table import Table
 
-        from deltalab.lab.trials import step_of
+        from deltalab.lab.trials import find, step_of
 
+        if self.sweep.spec.search is not None:  # whose trials become known as it goes
+            self.sweep = find(self.sweep.folder)
         states = self.sweep.states()
         groups: dict[str, list[Trial]] = {}
         for trial in self.sweep.all:
@@ -88,7 +99,7 @@ class _Look:
         measure = next((key for row in self.rows.values() for key in row if key.startswith("score.")), "held_out")
         shown = Table("group", "done", "running", measure, title=f"{_counts(self.sweep, states)}{self._left(states)}")
         for name, trials in groups.items():
-            done = sum(states[t.id] in ("finished", "failed") for t in trials)
+            done = sum(states[t.id] in ("finished", "pruned", "failed") for t in trials)
             steps = ", ".join(f"step {step_of(self.sweep, t)}" for t in trials if states[t.id] == "running")
             found = [self.rows[t.id][measure] for t in trials if self.rows.get(t.id, {}).get(measure) is not None]
             shown.add_row(name, f"{done}/{len(trials)}", steps, f"{sum(found) / len(found):.4g}" if found else "")
@@ -102,7 +113,7 @@ class _Look:
     def _left(self, states: "dict[str, State]") -> str:
         """The time left by the mean of the trials that have ended; nothing before one has."""
         seconds = [row["seconds"] for row in self.rows.values()]
-        open_ = sum(state not in ("finished", "failed") for state in states.values())
+        open_ = sum(state not in ("finished", "pruned", "failed") for state in states.values())
         if not seconds or not open_:
             return ""
         minutes = sum(seconds) / len(seconds) * math.ceil(open_ / self.at_once) / 60

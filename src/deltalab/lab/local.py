@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from deltalab.lab.spec import Trial
+from deltalab.core.errors import UserError
 from deltalab.lab.trials import Sweep, fail, find, share, work
 
 DEATHS = 3
@@ -25,10 +26,9 @@ DEATHS = 3
 
 @dataclass
 class Crew:
-    """The workers of a sweep. mine: the trials of this machine. shard: as `share` takes it, for the workers."""
+    """The workers of a sweep, `jobs` of them. shard: as `share` takes it, for the workers."""
 
     sweep: Sweep
-    mine: Sequence[Trial]
     shard: str | None
     jobs: int
     threads: int
@@ -44,7 +44,7 @@ class Crew:
         """
         deaths: Counter[str] = Counter()
         try:
-            for _ in range(min(self.jobs, len(self.mine))):
+            for _ in range(self.jobs):
                 self._start()
             while self._workers:
                 worker, line = self._said.get()
@@ -90,7 +90,9 @@ class Crew:
             self._said.put((worker, line))
         self._said.put((worker, None))
 
-    def _hear(self, worker: "subprocess.Popen[str]", said: dict[str, str]) -> None:
+    def _hear(self, worker: "subprocess.Popen[str]", said: dict[str, Any]) -> None:
+        if "fault" in said:
+            raise UserError(**said["fault"])
         if "begin" in said:
             self._at[worker.pid] = said["begin"]
         else:
@@ -98,7 +100,7 @@ class Crew:
 
     def _lost(self, id: str, code: int, times: int) -> None:
         """A worker died at a trial, or before it took one."""
-        trial = next((trial for trial in self.mine if trial.id == id), None)
+        trial = next((trial for trial in find(self.sweep.folder).all if trial.id == id), None)
         how = f"signal {-code}" if code < 0 else f"code {code}"
         if trial is None:
             if times >= DEATHS:
@@ -124,6 +126,11 @@ def worker(folder: str, shard: str) -> None:
     """Work on a sweep until nothing is free; ends at once when the parent's end of standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sweep = find(folder)
+    if sweep.spec.search is not None:
+        from deltalab.lab import search
+
+        search.work(sweep, lambda line: _tell(say=line), lambda trial: _tell(begin=trial.id))
+        return
     work(sweep, share(sweep, shard), lambda line: _tell(say=line), lambda trial: _tell(begin=trial.id))
 
 
@@ -132,7 +139,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _tell(**message: str) -> None:
+def _tell(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 
@@ -141,3 +148,6 @@ if __name__ == "__main__":
         worker(*sys.argv[1:3])
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as error:
+        _tell(fault={"asked": error.asked, "found": error.found, "nearest": error.nearest, "next": error.next})
+        sys.exit(2)

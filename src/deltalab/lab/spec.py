@@ -11,6 +11,7 @@ from pydantic import Field
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.spec import Spec, build, put
+from deltalab.lab.space import SearchSpec
 from deltalab.train.spec import TrainSpec
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -40,7 +41,7 @@ class SweepSpec(Spec):
     product: key -> values, every one with every other. zip: groups of keys whose values go together, the first with the first:
     `[{adapt.r: [4, 8], adapt.alpha: [8, 16]}]`. cases: settings one by one, each with a `name` if it likes:
     `[{name: LoRA, adapt: [...]}, {name: IA3, adapt: [...]}]`. seeds: each trial runs once with each. tune: what each group is given its
-    own best of first. baseline: the group that the others are compared with.
+    own best of first. search: the same, drawn by Optuna. baseline: the group that the others are compared with.
     """
 
     base: dict[str, Any]
@@ -49,6 +50,7 @@ class SweepSpec(Spec):
     cases: list[dict[str, Any]] = []
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42, 1337, 2024)
     tune: TuneSpec | None = None
+    search: SearchSpec | None = None
     baseline: str | None = None
     output: str | None = None
 
@@ -66,7 +68,10 @@ class SweepSpec(Spec):
             *self.product,
             *(key for group in self.zip for key in group),
             *{key for item in self.cases for key in item},
+            *(self.search.space if self.search else ()),
         ]
+        if self.tune is not None and self.search is not None:
+            raise ValueError("tune and search: one of them")
         own = [item[TUNE] for item in self.cases if TUNE in item]
         if own and self.tune is None:
             raise ValueError("a case has `tune`, and the sweep has none")
@@ -89,7 +94,7 @@ class SweepSpec(Spec):
 class Trial:
     """One run. id: the digest of its whole spec. settings: what is its own, by key. group: that in words; the seed is no part of either.
 
-    tuned: of a trial that a choice is made by, what it tries.
+    tuned: of a trial that a choice is made by, what it tries. number: of one that a search has drawn, Optuna's.
     """
 
     id: str
@@ -97,11 +102,12 @@ class Trial:
     settings: Mapping[str, Any]
     spec: TrainSpec
     tuned: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
     @property
     def label(self) -> str:
         """The group and the seed; of a trial to choose by, also what it tries."""
-        tries = f"tuning {words(self.tuned)}: " if self.tuned else ""
+        tries = f"{'tuning' if self.number is None else f'#{self.number}'} {words(self.tuned)}: " if self.tuned else ""
         return f"{tries}{self.group}, seed={self.spec.seed}"
 
 
@@ -120,7 +126,7 @@ def trials(spec: SweepSpec, chosen: Mapping[str, Mapping[str, Any]] | None = Non
             continue
         whole = {**settings, **(chosen[group] if chosen else {})}
         for seed in spec.seeds:
-            run = _run(spec, whole, group, seed)
+            run = run_of(spec, whole, group, seed)
             found.setdefault(run.digest(), Trial(run.digest(), group, whole, run))
     return list(found.values())
 
@@ -134,7 +140,7 @@ def tuning_trials(spec: SweepSpec) -> list[Trial]:
         for row in itertools.product(*values.values()):
             tuned = dict(zip(values, row, strict=True))
             for seed in spec.tune.seeds or spec.seeds[:1]:
-                run = _run(spec, {**settings, **tuned, "validation": spec.tune.validation}, group, seed)
+                run = run_of(spec, {**settings, **tuned, "validation": spec.tune.validation}, group, seed)
                 found.setdefault(run.digest(), Trial(run.digest(), group, settings, run, tuned))
     return list(found.values())
 
@@ -163,7 +169,8 @@ def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _run(spec: SweepSpec, settings: Mapping[str, Any], group: str, seed: int) -> TrainSpec:
+def run_of(spec: SweepSpec, settings: Mapping[str, Any], group: str, seed: int) -> TrainSpec:
+    """The base with these settings and this seed. Raises: UserError with the faults of the trial."""
     values = copy.deepcopy(spec.base)
     # what replaces more comes first, so that `adapt.r` changes the delta that `adapt` names
     for key in sorted(settings, key=lambda key: key.count(".")):

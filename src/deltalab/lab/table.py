@@ -16,7 +16,8 @@ TABLE = "results.parquet"
 
 
 def load(folder: str | Path, *, tuning: bool = False) -> "pd.DataFrame":
-    """The finished trials of the sweep in a folder, in its order. tuning: those that settings were chosen by, instead.
+    """The finished trials of the sweep in a folder, in its order. tuning: those that settings were chosen by, instead;
+    of a search also those that it ended, with their `number` in it and their `state`, finished or pruned.
 
     Columns: id; group, the settings in words; each setting by its key, and `seed`; `score.<task>.<measure>` after training, `before.…` before it;
     loss, held_out; trained and base parameters, trained_percent and trained_factor; adapter_bytes; seconds of the whole run and of
@@ -30,12 +31,12 @@ def load(folder: str | Path, *, tuning: bool = False) -> "pd.DataFrame":
 
     sweep = find(folder)
     found = sweep.tuning if tuning else sweep.trials
-    return pd.DataFrame([row(sweep, trial) for trial in found if sweep.state(trial) == "finished"])
+    return pd.DataFrame([row(sweep, trial) for trial in found if sweep.state(trial) in ("finished", "pruned")])
 
 
 def write(sweep: Sweep) -> Path:
-    """The table as one Parquet file in the sweep's folder; its path."""
-    frame = load(sweep.folder)
+    """The table as one Parquet file in the sweep's folder; its path. Of a search after which nothing runs it is that of the search."""
+    frame = load(sweep.folder, tuning=sweep.spec.search is not None and not sweep.spec.search.then)
     with replacing(sweep.folder / TABLE) as tmp:
         frame.to_parquet(tmp)
     return sweep.folder / TABLE
@@ -45,7 +46,14 @@ def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
     """One trial."""
     settings = {key: value if isinstance(value, (int, float, str, bool)) or value is None else short(value)
                 for key, value in trial.settings.items()}  # fmt: skip
-    return {"id": trial.id, "group": trial.group, **settings, **row_of(read_record(sweep.place(trial)))}
+    state, place = sweep.state(trial), sweep.place(trial)
+    about = {"id": trial.id, "group": trial.group, **settings}
+    if trial.number is not None:
+        about |= {"number": trial.number, "state": state}
+    if state == "pruned":
+        note = read_json(place / "pruned.json", "note")
+        return {**about, "seed": trial.spec.seed, "held_out": note["held_out"][-1], "steps": note["step"]}
+    return {**about, **row_of(read_record(place))}
 
 
 def examples(sweep: Sweep, trial: Trial) -> dict[str, list[float]]:

@@ -1,7 +1,8 @@
 """A sweep on the disk: its spec, a folder a trial, and whoever works on it.
 
     sweep.json              the spec, and its trials: id, settings
-    trials/<id>/            what `deltalab train` leaves: adapter, curves, record.json; or failed.json
+    trials/<id>/            what `deltalab train` leaves: adapter, curves, record.json; or failed.json; or pruned.json and curves
+    search.journal          what a search has drawn, see `search.py`
 
 A trial is taken by the lock of its folder and is finished when its record is there. So any number of processes, on one
 machine or on several that share the folder, can work on a sweep without talking to each other: what one of them that is
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltalab.core.errors import UserError
 from deltalab.core.files import InUse, read_json, remove, write_json
@@ -25,7 +26,14 @@ from deltalab.core.spec import build
 from deltalab.lab.spec import SweepSpec, Trial, trials, tuning_trials
 from deltalab.lab.tuning import chosen
 
-State = Literal["finished", "failed", "running", "begun", "waiting"]
+if TYPE_CHECKING:
+    from deltalab.train.loop import Watch
+
+State = Literal["finished", "pruned", "failed", "running", "begun", "waiting"]
+
+
+class Pruned(Exception):
+    """A search has ended this trial; its folder says so."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Sweep:
         place = self.place(trial)
         if (place / "record.json").is_file():
             return "finished"
+        if (place / "pruned.json").is_file():
+            return "pruned"
         if (place / "failed.json").is_file():
             return "failed"
         if not place.is_dir():
@@ -86,6 +96,10 @@ def find(folder: str | Path) -> Sweep:
 
 
 def _sweep(folder: Path, spec: SweepSpec) -> Sweep:
+    if spec.search is not None:
+        from deltalab.lab.search import sweep_in
+
+        return sweep_in(folder, spec)
     if spec.tune is None:
         return Sweep(folder, spec, trials(spec))
     begun = Sweep(folder, spec, [], tuning_trials(spec))
@@ -112,14 +126,21 @@ def work(
             time.sleep(0.2)
 
 
-def run_one(sweep: Sweep, trial: Trial, say: Callable[[str], None] = lambda _: None) -> State:
-    """Run one trial to its end, unless somebody else does."""
+def run_one(
+    sweep: Sweep, trial: Trial, say: Callable[[str], None] = lambda _: None, watch: "Watch | None" = None
+) -> State:
+    """Run one trial to its end, unless somebody else does. watch: as `run_spec` takes it; `Pruned` from it is an end."""
     from deltalab.train import run_spec
+    from deltalab.train.checkpoint import Checkpoints
 
     try:
-        run_spec(trial.spec, sweep.place(trial), progress=False)
+        run_spec(trial.spec, sweep.place(trial), progress=False, watch=watch)
     except InUse:
         return "running"
+    except Pruned as why:
+        Checkpoints(sweep.place(trial), 1).clear()
+        say(f"pruned: {trial.label}: {why}")
+        return "pruned"
     except Exception as error:
         told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         fail(sweep, trial, told, traceback.format_exc())
@@ -141,6 +162,10 @@ def forget_failures(sweep: Sweep) -> int:
     failed = [sweep.place(trial) for trial in sweep.all if sweep.state(trial) == "failed"]
     for place in failed:
         remove(place / "failed.json")
+    if failed and sweep.spec.search is not None:
+        from deltalab.lab.search import reopen
+
+        reopen(sweep)
     return len(failed)
 
 

@@ -25,7 +25,10 @@ def tried(sweep: "Sweep") -> tuple[str, Tried]:
     if not rows:
         return "", {}
     known = [key for key, value in rows[0][1].items() if isinstance(value, float) and key.startswith("score.")]
-    by = (sweep.spec.tune and sweep.spec.tune.by) or next(iter(known), "held_out")
+    asked = sweep.spec.tune and sweep.spec.tune.by
+    if sweep.spec.search is not None:
+        asked = sweep.spec.search.measure or "held_out"
+    by = asked or next(iter(known), "held_out")
     values: dict[str, dict[str, list[float]]] = {}
     for trial, row in rows:
         if row.get(by) is None:
@@ -45,7 +48,7 @@ def chosen(sweep: "Sweep") -> dict[str, dict[str, Any]]:
     """
     by, found = tried(sweep)
     sign = 1.0 if rises(by) else -1.0
-    open_ = {trial.group for trial in sweep.tuning if sweep.state(trial) not in ("finished", "failed")}
+    open_ = {trial.group for trial in sweep.tuning if sweep.state(trial) not in ("finished", "pruned", "failed")}
     return {
         group: json.loads(max(values, key=lambda key: -np.inf if np.isnan(values[key]) else sign * values[key]))
         for group, values in found.items() if group not in open_

@@ -7,11 +7,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.data.chat import Conversation, Encoded
 from deltalab.deltas.freeze import Freezer
-from deltalab.train.loop import Probe
+from deltalab.train.loop import Probe, Watch
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrainSpec
 
-__all__ = ["EvalSpec", "LoopSpec", "OptimSpec", "Probe", "RunSpec", "TrainResult", "TrainSpec", "run_spec", "train"]
+__all__ = [
+    "EvalSpec",
+    "LoopSpec",
+    "OptimSpec",
+    "Probe",
+    "RunSpec",
+    "TrainResult",
+    "TrainSpec",
+    "Watch",
+    "run_spec",
+    "train",
+]
 
 
 def train(
@@ -39,8 +50,13 @@ def train(
         return fit(model, tokenizer, data, test, spec, place, probes, freezer, progress)
 
 
-def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True) -> Path:
-    """The whole run of a spec: load, adapt, train, write the adapter, the curves and `record.json`; returns its path."""
+def run_spec(
+    spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True, watch: Watch | None = None
+) -> Path:
+    """The whole run of a spec: load, adapt, train, write the adapter, the curves and `record.json`; returns its path.
+
+    watch: called at held-out evaluations while training, see `deltalab.train.loop.Watch`.
+    """
     from deltalab.train.run import run_spec as run
 
-    return run(spec, folder, progress=progress)
+    return run(spec, folder, progress=progress, watch=watch)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,8 @@ from deltalab.train.trial import Packing, choose_packing
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What `Accelerator.prepare` sets on a model. Left there, a second run on it would skip the mixed precision."""
+Watch = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Gets the rows of `curves/eval.jsonl` at each held-out evaluation between the first step and the last; what it raises ends the run."""
 
 
 class Probe(Protocol):
@@ -75,6 +77,7 @@ class Loop:
     probes: Sequence[Probe] = ()
     freezer: Freezer | None = None
     progress: bool = True
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
@@ -235,6 +238,8 @@ class Loop:
                 if ends or self.state.stopped or step % probe.every == 0:
                     self.model.eval()
                     self._note(probe.name, {"step": step, **probe.measure(self.model, step)})
+        if evaluates and self.watch is not None and not ends and not self.state.stopped:
+            self.watch(self.curves.rows["eval"])
 
     def _evaluate(self, shown: Progress) -> None:
         """The held-out loss: mean over counted tokens. Remembers the best, and stops when patience is out.

@@ -30,7 +30,7 @@ from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.costs import of_adapter, of_step
 from deltalab.train.devices import processes
 from deltalab.train.evaluate import examples, summary
-from deltalab.train.loop import Loop, Probe
+from deltalab.train.loop import Loop, Probe, Watch
 from deltalab.train.optim import trained_parameters
 from deltalab.train.parts import context_of, read_parts, retained, scores
 from deltalab.train.probes import probes_of
@@ -44,10 +44,13 @@ CALIBRATION = 64
 Samples = Sequence[Encoded] | Sequence[Conversation]
 
 
-def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True) -> Path:
+def run_spec(
+    spec: TrainSpec, folder: str | Path | None = None, *, progress: bool = True, watch: Watch | None = None
+) -> Path:
     """Load, adapt, train, score; write `adapter/`, `curves/`, `examples.json` (the scores of single examples) and
     `record.json`; return the record's path.
 
+    watch: called at held-out evaluations while training, see `loop.Watch`.
     A finished folder of the same spec is left as it is. Raises: UserError for a folder of another spec.
     """
     place = folder or spec.output
@@ -80,7 +83,7 @@ def run_spec(spec: TrainSpec, folder: str | Path | None = None, *, progress: boo
         before, known = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         ended: list[Loop] = []
         with Memory(str(device)) as memory:
-            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append)
+            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append, watch)
         after, kept = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
@@ -139,7 +142,7 @@ def head_of(spec: TrainSpec) -> tuple[str | None, int | None]:
 def fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Samples, test: Samples, spec: LoopSpec,
     folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
-    ended: Callable[[Loop], object] = lambda _: None,
+    ended: Callable[[Loop], object] = lambda _: None, watch: Watch | None = None,
 ) -> TrainResult:  # fmt: skip
     """Encode, hold out, and run the loop in `folder`, which the caller holds. ended: is given the loop when all is over."""
     progress = progress and processes().is_main_process
@@ -160,7 +163,7 @@ def fit(
                     "number of processes": processes().num_processes}  # fmt: skip
     pad = tokenizer.pad_token_id or 0
     probes = [*probes, *probes_of(spec.probe, model, pad, held_out or train_set)]
-    loop = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress)
+    loop = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress, watch)
     result = loop.run()
     ended(loop)
     counts = {"samples": len(train_set), "held_out": len(held_out), "cut": samples.cut, "skipped": samples.skipped,
