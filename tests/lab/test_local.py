@@ -119,7 +119,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
         "if 'deltalab.lab.local' in ' '.join(sys.orig_argv):\n"
         "    import deltalab.train.run as run\n"
         "    before = run.run_spec\n"
-        f"    run.run_spec = lambda spec, *a, **k: os.kill(os.getpid(), signal.SIGKILL) if spec.digest() == '{bad.id}' else before(spec, *a, **k)\n"
+        f"    run.run_spec = lambda spec, *a, **k: os.kill(os.getpid(), signal.SIGKILL) if spec.seed == {bad.spec.seed} else before(spec, *a, **k)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     Crew(sweep, None, 1, 1, said.append).run()

@@ -19,7 +19,7 @@ from deltalab.lab import search
 from deltalab.lab.compare import runs_of
 from deltalab.lab.journal import JOURNAL, alone
 from deltalab.lab.search import studies
-from deltalab.lab.spec import SweepSpec
+from deltalab.lab.spec import SweepSpec, id_of
 from deltalab.lab.trials import create, fail, find, forget_failures
 from tests.data.test_tasks import said
 from tests.lab.sweeps import plan, spec
@@ -46,7 +46,7 @@ def made_up(monkeypatch):
 
     def run_spec(run, place, *, progress, watch):
         with owned(place):
-            ran.append(run.digest())
+            ran.append(id_of(run))
             rows = []
             for i, loss in enumerate(of_run(run)):
                 rows.append({"step": 2 * i, "loss": loss})

@@ -73,6 +73,7 @@ def test_a_merged_and_a_loaded_adapter_are_the_trained_one(tmp_path, method):
     z = dl.merged(model)(**ONE).logits
     assert torch.equal(model(**ONE).logits, want)
     assert found["reloaded"]
+    assert found["reload_error"] == 0
     assert found["merge"]["holds"]
     assert found["merge"]["largest"] == pytest.approx(float((z - want).detach().abs().max()), abs=1e-5)
     assert found["merge"]["tolerance"] == 1e-3
@@ -88,6 +89,13 @@ def test_a_bad_merge_and_another_file_are_found(tmp_path, monkeypatch):
     assert not found["reloaded"]
     assert not found["merge"]["holds"]
     assert found["merge"]["relative"] > 1e-3
+
+
+def test_a_pruned_file_is_the_trained_one_to_rounding(tmp_path):
+    spec = plan(tmp_path, adapt=[{"method": "adalora", "init_r": 12, "target_r": 8}], optim={"lr": 0.01, "steps": 12, "batch": 4})  # fmt: skip
+    record = read_record(run_spec(spec, tmp_path / "run", progress=False))
+    assert record["proofs"]["reloaded"]
+    assert record["cost"]["reload_error"] < 1e-6
 
 
 def test_what_has_no_merged_weight_says_so(tmp_path):

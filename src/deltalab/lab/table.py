@@ -45,7 +45,7 @@ def write(sweep: Sweep) -> Path:
 def row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
     """One trial."""
     settings = {key: value if isinstance(value, (int, float, str, bool)) or value is None else short(value)
-                for key, value in trial.settings.items()}  # fmt: skip
+                for key, value in {**trial.settings, **trial.tuned}.items()}  # fmt: skip
     state, place = sweep.state(trial), sweep.place(trial)
     about = {"id": trial.id, "group": trial.group, **settings}
     if trial.number is not None:
