@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import pydantic
 
@@ -26,6 +26,8 @@ class Spec(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Fields that change nothing of what comes out. The digest is without them."""
 
     def __init__(self, **values: Any) -> None:
         """Raises: UserError with every fault, as `build`."""
@@ -42,8 +44,8 @@ class Spec(pydantic.BaseModel):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Twelve hex digits of the SHA-256 of the spec's canonical JSON: equal for equal specs."""
-        return digest(self.plain())
+        """Twelve hex digits of the SHA-256 of the spec's canonical JSON without `beside`: equal for equal specs."""
+        return digest({key: value for key, value in self.plain().items() if key not in self.beside})
 
     def but(self, **changes: Any) -> Self:
         """A copy with fields replaced, validated again."""

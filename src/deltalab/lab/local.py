@@ -123,6 +123,7 @@ class Crew:
 def worker(folder: str, shard: str) -> None:
     """Work on a sweep until nothing is free; ends at once when the parent's end of standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout = sys.stderr  # the parent reads what `_tell` says, and nothing that a library prints
     sweep = find(folder)
     work(sweep, share(sweep.trials, shard), lambda line: _tell(say=line), lambda trial: _tell(begin=trial.id))
 
@@ -133,7 +134,7 @@ def _end_with_parent() -> None:
 
 
 def _tell(**message: str) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from deltalab.core.errors import UserError
 from deltalab.core.files import InUse, read_json, remove, write_json
 from deltalab.core.spec import build
 from deltalab.lab.spec import SweepSpec, Trial, trials
+from deltalab.train.spec import TrainSpec
 
 State = Literal["finished", "failed", "running", "begun", "waiting"]
 
@@ -103,7 +104,7 @@ def run_one(sweep: Sweep, trial: Trial, say: Callable[[str], None] = lambda _: N
     from deltalab.train import run_spec
 
     try:
-        run_spec(trial.spec, sweep.place(trial), progress=False)
+        run_spec(tracked(sweep, trial), sweep.place(trial), progress=False)
     except InUse:
         return "running"
     except Exception as error:
@@ -113,6 +114,13 @@ def run_one(sweep: Sweep, trial: Trial, say: Callable[[str], None] = lambda _: N
         return "failed"
     say(f"finished: {trial.label}")
     return "finished"
+
+
+def tracked(sweep: Sweep, trial: Trial) -> TrainSpec:
+    """The trial's spec, its trackers' runs named and grouped after the sweep where the spec says nothing else."""
+    names = {"name": trial.label, "group": sweep.folder.resolve().name}
+    track = [{**one.plain(), **{k: v for k, v in names.items() if one.plain()[k] is None}} for one in trial.spec.track]
+    return trial.spec.but(track=track) if track else trial.spec
 
 
 def fail(sweep: Sweep, trial: Trial, error: str, trace: str = "") -> None:

@@ -44,6 +44,7 @@ from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer
 from deltalab.train.progress import Progress, say
 from deltalab.train.result import State, TrainResult
 from deltalab.train.spec import LoopSpec
+from deltalab.train.tracking import Trackers
 from deltalab.train.trial import Packing, choose_packing
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -75,6 +76,7 @@ class Loop:
     probes: Sequence[Probe] = ()
     freezer: Freezer | None = None
     progress: bool = True
+    trackers: Trackers = field(default_factory=Trackers)
 
     def __post_init__(self) -> None:
         optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
@@ -119,6 +121,7 @@ class Loop:
         try:
             self._choose_packing()
             self._resume()
+            self.trackers.begin(self.curves, self.progress)
             shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
             again = checkpointed(self.model, self.spec.run.checkpointing)
             with interrupts() as stop, contextlib.closing(shown), again:
@@ -214,9 +217,9 @@ class Loop:
         self.state.step += 1
         tokens = sum(self.lengths[i] for i in samples)
         shown.step(self.state.step, value, tokens)
+        seconds = time.monotonic() - began
         row = {"loss": value, "lr": rate, "grad_norm": norm_value, "tokens": tokens, "counted": total}
         self._note("train", {"step": self.state.step, **row})
-        seconds = time.monotonic() - began
         speed = {"seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)}
         self._note("speed", {"step": self.state.step, **speed})
 
@@ -273,7 +276,7 @@ class Loop:
 
     def _note(self, name: str, row: dict[str, Any]) -> None:
         if self.on_main:
-            self.curves.add(name, row)
+            self.trackers.note(name, self.curves.add(name, row))
 
     def _keep_best(self) -> None:
         trained = {name: tensor.detach().cpu().clone() for name, tensor in trained_state(self.model).items()}
