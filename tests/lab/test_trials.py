@@ -12,8 +12,8 @@ import deltalab.lab as lab
 from deltalab.cli.sweep_table import table as status
 from deltalab.core.files import owned
 from deltalab.lab import table
-from deltalab.lab.spec import trials
-from deltalab.lab.trials import Sweep, create, failure, find, forget_failures, run_one, share, work
+from deltalab.lab.spec import id_of, trials
+from deltalab.lab.trials import Sweep, create, failure, find, forget_failures, run_one, share, tracked, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import results, spec
 
@@ -123,3 +123,15 @@ def test_folders_of_something_else(tmp_path):
     said(lambda: create(spec(), tmp_path / "s"), "holds something else than a sweep")
     said(lambda: find(tmp_path / "s"), "holds no sweep", "deltalab sweep")
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["mine.txt"]
+
+
+def test_trackers_go_through_a_sweep_and_name_its_trials(tmp_path):
+    plain = create(spec(), tmp_path / "ranks")
+    base = {**spec().base, "track": ["tensorboard", {"to": "wandb", "name": "mine"}]}
+    told = create(spec(base=base), tmp_path / "ranks")
+    assert [trial.id for trial in told.trials] == [trial.id for trial in plain.trials]
+    assert tracked(plain, plain.trials[0]) == plain.trials[0].spec
+    first, second = tracked(told, told.trials[0]).track
+    assert (first.name, first.group) == ("r=2, seed=1", "ranks")
+    assert (second.name, second.group) == ("mine", "ranks")
+    assert id_of(tracked(told, told.trials[0])) == told.trials[0].id

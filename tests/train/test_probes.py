@@ -32,6 +32,10 @@ def test_weights_of_a_delta(method):
         S = torch.linalg.svdvals(change)[: len(values["singular"])]
         assert values["singular"] == pytest.approx(S.tolist(), rel=1e-5, abs=1e-7)
         assert values["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
+        assert values["mean"] == pytest.approx(float(change.mean()), rel=1e-4, abs=1e-9)
+        assert values["deviation"] == pytest.approx(float(change.std(correction=0)), rel=1e-5)
+        assert values["rank"] == (3 if method.method == "lora" else None)
+        assert row["methods"][path] == method.method
         assert values["relative"] == pytest.approx(
             float(change.norm() / model.get_submodule(path).weight.detach().double().norm()), rel=1e-5
         )

@@ -24,7 +24,7 @@ def command(
         raise UserError(f"'{place}' holds the record itself.", next="another folder: --output")
     kind = before["kind"]
     if kind == "train":
-        spec = build(TrainSpec, {**before["spec"], "output": None}, str(record))
+        spec = build(TrainSpec, {**before["spec"], "output": None, "track": []}, str(record))
         after = read_record(run_spec(spec, place))
         print("\n".join([f"written: {place}", *differences(before, after, home, place)]))
     elif kind in STUDIES:

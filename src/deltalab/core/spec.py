@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import pydantic
 
@@ -26,6 +26,8 @@ class Spec(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Fields that change nothing of what comes out. The digest is without them."""
 
     def __init__(self, **values: Any) -> None:
         """Raises: UserError with every fault, as `build`."""
@@ -42,13 +44,13 @@ class Spec(pydantic.BaseModel):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Twelve hex digits of the SHA-256 of the spec's canonical JSON: equal for equal specs."""
-        return digest(self.plain())
+        """Twelve hex digits of the SHA-256 of the spec's canonical JSON without `beside`: equal for equal specs."""
+        return digest({key: value for key, value in self.plain().items() if key not in self.beside})
 
     def told(self) -> dict[str, Any]:
-        """The same without what is as it is by default, but for tags: a later version with more fields says the same of it."""
-        return {name: _told_value(getattr(self, name)) for name, field in type(self).model_fields.items()
-                if _is_tag(field.annotation) or getattr(self, name) != field.get_default(call_default_factory=True)}  # fmt: skip
+        """What matters of it: without `beside` and what is as it is by default, but with tags. A later version with more fields says the same."""
+        return {name: _told_value(getattr(self, name)) for name, field in type(self).model_fields.items() if name not in self.beside
+                and (_is_tag(field.annotation) or getattr(self, name) != field.get_default(call_default_factory=True))}  # fmt: skip
 
     def but(self, **changes: Any) -> Self:
         """A copy with fields replaced, validated again."""

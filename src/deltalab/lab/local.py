@@ -125,6 +125,7 @@ class Crew:
 def worker(folder: str, shard: str) -> None:
     """Work on a sweep until nothing is free; ends at once when the parent's end of standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout = sys.stderr  # the parent reads what `_tell` says, and nothing that a library prints
     sweep = find(folder)
     if sweep.spec.search is not None:
         from deltalab.lab import search
@@ -140,7 +141,7 @@ def _end_with_parent() -> None:
 
 
 def _tell(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

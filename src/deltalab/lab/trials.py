@@ -25,6 +25,7 @@ from deltalab.core.files import InUse, read_json, remove, write_json
 from deltalab.core.spec import build
 from deltalab.lab.spec import SweepSpec, Trial, trials, tuning_trials
 from deltalab.lab.tuning import chosen
+from deltalab.train.spec import TrainSpec
 
 if TYPE_CHECKING:
     from deltalab.train.loop import Watch
@@ -136,7 +137,7 @@ def run_one(
     from deltalab.train.checkpoint import Checkpoints
 
     try:
-        run_spec(trial.spec, sweep.place(trial), progress=False, watch=watch)
+        run_spec(tracked(sweep, trial), sweep.place(trial), progress=False, watch=watch)
     except InUse:
         return "running"
     except Pruned as why:
@@ -150,6 +151,13 @@ def run_one(
         return "failed"
     say(f"finished: {trial.label}")
     return "finished"
+
+
+def tracked(sweep: Sweep, trial: Trial) -> TrainSpec:
+    """The trial's spec, its trackers' runs named and grouped after the sweep where the spec says nothing else."""
+    names = {"name": trial.label, "group": sweep.folder.resolve().name}
+    track = [{**one.plain(), **{k: v for k, v in names.items() if one.plain()[k] is None}} for one in trial.spec.track]
+    return trial.spec.but(track=track) if track else trial.spec
 
 
 def fail(sweep: Sweep, trial: Trial, error: str, trace: str = "") -> None:

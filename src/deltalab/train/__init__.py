@@ -1,5 +1,6 @@
 """Floor 4: training. `train` for a model at hand, `run_spec` for a whole run from a spec."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from deltalab.data.chat import Conversation, Encoded
 from deltalab.deltas.freeze import Freezer
 from deltalab.train.loop import Probe, Watch
 from deltalab.train.result import TrainResult
-from deltalab.train.spec import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrainSpec
+from deltalab.train.spec import EvalSpec, LoopSpec, OptimSpec, RunSpec, TrackSpec, TrainSpec
 
 __all__ = [
     "EvalSpec",
@@ -17,6 +18,7 @@ __all__ = [
     "OptimSpec",
     "Probe",
     "RunSpec",
+    "TrackSpec",
     "TrainResult",
     "TrainSpec",
     "Watch",
@@ -42,12 +44,13 @@ def train(
     longer finite. KeyboardInterrupt after a checkpoint on Ctrl-C.
     """
     from deltalab.train.run import fit, hold
+    from deltalab.train.tracking import opened
 
     spec = LoopSpec(optim=spec) if isinstance(spec, OptimSpec) else spec or LoopSpec()
-    if folder is None:
-        return fit(model, tokenizer, data, test, spec, None, probes, freezer, progress)
-    with hold(folder) as place:
-        return fit(model, tokenizer, data, test, spec, place, probes, freezer, progress)
+    held = contextlib.nullcontext() if folder is None else hold(folder)
+    with held as place, opened(spec, place) as trackers:
+        trackers.check()
+        return fit(model, tokenizer, data, test, spec, place, probes, freezer, progress, trackers=trackers)
 
 
 def run_spec(

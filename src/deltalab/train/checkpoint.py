@@ -19,8 +19,8 @@ from deltalab.core.files import disk_faults, file_digest, read_json, remove, rep
 
 FORMAT = 1
 TENSORS = ("trained", "optimizer", "rng")
-FREE = ("output", "run.resume", "run.keep", "run.checkpoint_every", "run.checkpointing", "run.offload")
-"""Parts of a spec that may change between start and resume: they do not change the result."""
+FREE = ("output", "track", "run.resume", "run.keep", "run.checkpoint_every", "run.checkpointing", "run.offload")
+"""Parts of a spec that may change between start and resume, with all below them: they do not change the result."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,21 @@ def require_same_run(here: dict[str, Any], there: dict[str, Any], folder: Path) 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs between two plain specs, as (key, old, new), but for keys that do not change the result."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     return [
         (key, a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
-        if key not in FREE and a.get(key) != b.get(key)
+        if a.get(key) != b.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A plain spec as keys of overrides, `adapt.0.r`, and what stands there."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{prefix}.{i}").items()}
+    return {prefix: value}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -129,11 +138,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{path}' cannot be read.", found=str(error), next="restore it, or run again") from None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{prefix}.{i}").items()}
-    return {prefix: value}

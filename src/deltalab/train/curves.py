@@ -16,8 +16,8 @@ class Curves:
         self.folder = None if folder is None else folder / "curves"
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
-    def add(self, name: str, row: dict[str, Any]) -> None:
-        """Append a row. A number that is not finite becomes null, which JSON has."""
+    def add(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Append a row, and return it as it was written. A number that is not finite becomes null, which JSON has."""
         row = _finite(row)
         self.rows.setdefault(name, []).append(row)
         if self.folder is not None:
@@ -25,6 +25,7 @@ class Curves:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as handle:
                     handle.write(json.dumps(row) + "\n")
+        return row
 
     def restart(self, step: int) -> None:
         """Keep the rows up to and with `step`, in files and memory; −1 keeps none."""

@@ -44,6 +44,7 @@ from deltalab.train.optim import load_optimizer_state, make_optimizer, optimizer
 from deltalab.train.progress import Progress, say
 from deltalab.train.result import State, TrainResult
 from deltalab.train.spec import LoopSpec
+from deltalab.train.tracking import Trackers
 from deltalab.train.trial import Packing, choose_packing
 
 ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -78,6 +79,7 @@ class Loop:
     freezer: Freezer | None = None
     progress: bool = True
     watch: Watch | None = None
+    trackers: Trackers = field(default_factory=Trackers)
 
     def __post_init__(self) -> None:
         optim, run, evaluation = self.spec.optim, self.spec.run, self.spec.eval
@@ -122,6 +124,7 @@ class Loop:
         try:
             self._choose_packing()
             self._resume()
+            self.trackers.begin(self.curves, self.progress)
             shown = Progress(self.steps, self.state.step, self.progress and self.on_main)
             again = checkpointed(self.model, self.spec.run.checkpointing)
             with interrupts() as stop, contextlib.closing(shown), again:
@@ -217,9 +220,9 @@ class Loop:
         self.state.step += 1
         tokens = sum(self.lengths[i] for i in samples)
         shown.step(self.state.step, value, tokens)
+        seconds = time.monotonic() - began
         row = {"loss": value, "lr": rate, "grad_norm": norm_value, "tokens": tokens, "counted": total}
         self._note("train", {"step": self.state.step, **row})
-        seconds = time.monotonic() - began
         speed = {"seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 1)}
         self._note("speed", {"step": self.state.step, **speed})
 
@@ -278,7 +281,7 @@ class Loop:
 
     def _note(self, name: str, row: dict[str, Any]) -> None:
         if self.on_main:
-            self.curves.add(name, row)
+            self.trackers.note(name, self.curves.add(name, row))
 
     def _keep_best(self) -> None:
         trained = {name: tensor.detach().cpu().clone() for name, tensor in trained_state(self.model).items()}
@@ -340,11 +343,8 @@ class Loop:
 
     def _not_finite(self, loss: float, norm: float) -> None:
         kept = self.checkpoints.last() if self.checkpoints else None
-        where = (
-            f"the last good checkpoint is kept: step {kept.step} in '{self.folder}'"
-            if kept
-            else "no checkpoint was written before it"
-        )
+        good = f"the last good checkpoint is kept: step {kept.step} in '{self.folder}'" if kept else ""
+        where = good or "no checkpoint was written before it"
         self.curves.sync()
         raise UserError(f"the run broke down in step {self.state.step + 1}: loss {loss}, gradient norm {norm}.", found=where,
                         next=f"lower optim.lr (now {self.spec.optim.lr:g}) or optim.clip, lengthen optim.warmup, and use another output folder or run.resume=false")  # fmt: skip

@@ -5,6 +5,7 @@
 Each writes a curve, `curves/deltas.jsonl` and `curves/representations.jsonl`: at step 0, every so many steps, and at the last.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from deltalab.deltas.adapt import disabled
 from deltalab.deltas.base import WeightDelta
 from deltalab.deltas.measures import gathered, measures
 from deltalab.deltas.sites import place
-from deltalab.deltas.weights import attached, is_adapted
+from deltalab.deltas.weights import attached, grouped, is_adapted
 from deltalab.measure.similarity import linear_cka, mean_cosine
 from deltalab.measure.spectrum import effective_rank, of_factors, of_matrix
 from deltalab.train.spec import ProbeSpec
@@ -36,8 +37,8 @@ def probes_of(spec: ProbeSpec | None, model: nn.Module, pad_id: int, data: Seque
 
 
 class DeltaProbe:
-    """Of each weight's change: the norm, also beside W's, singular values and effective rank; of A and B norm, mean and deviation; and
-    what a delta tells of itself (gates, the use of experts) in its last forwards."""
+    """Of each weight's change: norm, mean and deviation, the norm beside W's, singular values, effective rank and r; of A and B norm, mean
+    and deviation; and what a delta tells of itself (gates, the use of experts) in its last forwards."""
 
     name = "deltas"
 
@@ -46,23 +47,28 @@ class DeltaProbe:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, step: int) -> dict[str, Any]:
-        """`weights`: path -> values; `told`: path -> what the delta tells."""
+        """`methods`: path -> method; `weights`: path -> values; `told`: path -> what the delta tells."""
         weights: dict[str, Any] = {}
+        methods = {path: group.spec.method for group, deltas in grouped(model) for path in deltas}
         for path, delta in attached(model).items():
             where = place(model, path)
             if not isinstance(delta, WeightDelta) or where.kind not in ("linear", "embedding"):
                 continue
             factors, W = delta.factors(), where.W
-            S = of_factors(*factors).S if factors is not None else of_matrix(delta.change(W), min(32, *W.shape)).S
-            norm = float(S.norm())
+            if factors is not None:
+                S = of_factors(*factors).S
+                whole = _product_moments(*factors, float(S.norm()))
+            else:
+                change = delta.change(W)
+                S, whole = of_matrix(change, min(32, *W.shape)).S, _moments(change)
             row: dict[str, Any] = {
-                "norm": norm, "relative": norm / max(float(W.double().norm()), 1e-30),
-                "singular": S[:32].tolist(), "effective_rank": effective_rank(S),
+                **whole, "relative": whole["norm"] / max(float(W.double().norm()), 1e-30),
+                "rank": None if factors is None else len(factors.A), "singular": S[:32].tolist(), "effective_rank": effective_rank(S),
             }  # fmt: skip
             if factors is not None:
                 row |= {name: _moments(t) for name, t in (("A", factors.A), ("B", factors.B))}
             weights[path] = row
-        return {"weights": weights, "told": measures(model)}
+        return {"methods": methods, "weights": weights, "told": measures(model)}
 
 
 class RepresentationProbe:
@@ -110,3 +116,10 @@ def _few(data: Sequence[Encoded], most: int) -> Iterator[Encoded]:
 def _moments(t: Tensor) -> dict[str, float]:
     wide = t.double()
     return {"norm": float(wide.norm()), "mean": float(wide.mean()), "deviation": float(wide.std(correction=0))}
+
+
+def _product_moments(A: Tensor, B: Tensor, s: float, norm: float) -> dict[str, float]:
+    """The same of s · B A, whose norm is known, without forming it: its sum is s · (1ᵀB)(A1)."""
+    n = len(B) * A.shape[1]
+    mean = s * float(B.double().sum(0) @ A.double().sum(1)) / n
+    return {"norm": norm, "mean": mean, "deviation": math.sqrt(max(norm**2 / n - mean**2, 0.0))}

@@ -26,6 +26,7 @@ from deltalab.deltas.switch import unload
 from deltalab.models.heads import is_classifier, is_encoder
 from deltalab.models.load import load, load_tokenizer, model_digest
 from deltalab.models.precision import require_bfloat16
+from deltalab.train import names
 from deltalab.train.checkpoint import Checkpoints, changes
 from deltalab.train.costs import of_adapter, of_step
 from deltalab.train.devices import processes
@@ -37,6 +38,7 @@ from deltalab.train.probes import probes_of
 from deltalab.train.progress import say
 from deltalab.train.result import TrainResult
 from deltalab.train.spec import LoopSpec, TrainSpec
+from deltalab.train.tracking import Trackers, opened
 
 CALIBRATION = 64
 """Training samples that a start which looks at activations is given."""
@@ -59,10 +61,11 @@ def run_spec(
             "the run has no output folder.", next="set output in the spec, or on the command line: output=runs/first"
         )
     progress = progress and processes().is_main_process
-    with hold(place) as home:
+    with hold(place) as home, opened(spec, home) as trackers:
         if finished(spec, home):
             say(f"'{home}' holds this run, finished: nothing is done again.", progress)
             return home / "record.json"
+        trackers.check()
         began = time.monotonic()
         parts = read_parts(spec)
         conversations, tests = [c for part in parts for c in part.train], [c for part in parts for c in part.test]
@@ -81,9 +84,12 @@ def run_spec(
         trains = trainable(model)
         say(str(trains), progress)
         before, known = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
+        trackers.add(names.of_scores({tag: summary(m) for tag, m in before.items()}), 0)
         ended: list[Loop] = []
         with Memory(str(device)) as memory:
-            result = fit(model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append, watch)
+            result = fit(
+                model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append, watch, trackers
+            )
         after, kept = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
@@ -92,7 +98,7 @@ def run_spec(
             size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
             cost, proofs = _costs(spec, ended[0], home / "adapter")
             unload(model)
-            write_record(home, "train", spec, {
+            body = {
                 "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
                 "result": {"steps": result.steps, "tokens": result.tokens, "stopped_early": result.stopped_early, "best": result.best,
                            "loss": list(result.mean_loss()), "held_out": [row["loss"] for row in result.curves.get("eval", [])],
@@ -105,7 +111,9 @@ def run_spec(
                          "memory_before": memory.before, "memory_peak": memory.peak, **cost},
                 "proofs": {"base_untouched": model_digest(model) == base, **proofs},  # bitwise, the adapter taken off
                 "device": str(device), "threads": torch.get_num_threads(),
-            })  # fmt: skip
+            }  # fmt: skip
+            trackers.add(names.of_record(body), result.steps)
+            write_record(home, "train", spec, body)
             Checkpoints(home, spec.run.keep).clear()
         processes().wait_for_everyone()
         return home / "record.json"
@@ -142,9 +150,10 @@ def head_of(spec: TrainSpec) -> tuple[str | None, int | None]:
 def fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Samples, test: Samples, spec: LoopSpec,
     folder: Path | None, probes: Sequence[Probe], freezer: Freezer | None, progress: bool,
-    ended: Callable[[Loop], object] = lambda _: None, watch: Watch | None = None,
+    ended: Callable[[Loop], object] = lambda _: None, watch: Watch | None = None, trackers: Trackers | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Encode, hold out, and run the loop in `folder`, which the caller holds. ended: is given the loop when all is over."""
+    """Encode, hold out, and run the loop in `folder`, which the caller holds. ended: is given the loop when all is over. trackers:
+    of the run, which the caller closes."""
     progress = progress and processes().is_main_process
     context, classes = context_of(model, spec), is_classifier(model)
     samples = as_encodings(tokenizer, data, context, spec, classes)
@@ -163,7 +172,9 @@ def fit(
                     "number of processes": processes().num_processes}  # fmt: skip
     pad = tokenizer.pad_token_id or 0
     probes = [*probes, *probes_of(spec.probe, model, pad, held_out or train_set)]
-    loop = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress, watch)
+    trackers, sizes = trackers or Trackers(), trainable(model)
+    trackers.add(names.of_sizes(sizes.count, sizes.total), 0)
+    loop = Loop(model, pad, train_set, held_out, spec, identity, folder, probes, freezer, progress, watch, trackers)
     result = loop.run()
     ended(loop)
     counts = {"samples": len(train_set), "held_out": len(held_out), "cut": samples.cut, "skipped": samples.skipped,

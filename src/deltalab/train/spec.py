@@ -1,6 +1,6 @@
 """What a training run is: few fields, defaults that work, every fault said at once."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -95,14 +95,52 @@ class ProbeSpec(Spec):
     samples: PositiveInt = 16
 
 
+class TrackSpec(Spec):
+    """An experiment tracker that the run's curves, scores and costs go to as well, see `deltalab.train.tracking`.
+
+    project: of W&B and Trackio; the experiment of MLflow. name, group: of the run there; null for the output folder's name, and
+    for none; a sweep sets both. offline: nothing may go over a network. options: more of what the tracker's own start takes:
+    wandb.init, trackio.init, torch's SummaryWriter, accelerate's MLflowTracker.
+    """
+
+    to: Literal["wandb", "trackio", "tensorboard", "mlflow"]
+    project: Annotated[str, Field(min_length=1)] = "deltalab"
+    name: str | None = None
+    group: str | None = None
+    offline: bool = False
+    options: dict[str, Any] = {}
+
+
+def _listed(given: Any) -> Any:
+    """`wandb`, `[wandb]`, `{to: wandb}` and nothing, all as a list of mappings."""
+    items = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    return [{"to": item} if isinstance(item, str) else item for item in items]
+
+
 class LoopSpec(Spec):
-    """What `deltalab.train` needs when model and data are at hand. probe: what is looked at meanwhile; null for nothing."""
+    """What `deltalab.train` needs when model and data are at hand. probe: what is looked at meanwhile; null for nothing.
+
+    track: experiment trackers by name, or with their settings: `[tensorboard, {to: wandb, offline: true}]`. They are no part of
+    what a run is: they may be added and left out at any time.
+    """
+
+    beside: ClassVar[tuple[str, ...]] = ("track",)
 
     optim: OptimSpec = OptimSpec()
     run: RunSpec = RunSpec()
     eval: EvalSpec = EvalSpec()
     probe: ProbeSpec | None = None
+    track: Annotated[list[TrackSpec], pydantic.BeforeValidator(_listed)] = []
     seed: Annotated[int, Field(ge=0)] = 42
+
+    @pydantic.field_validator("track")
+    @classmethod
+    def _once(cls, track: list[TrackSpec]) -> list[TrackSpec]:
+        names = [one.to for one in track]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return track
 
 
 class TrainSpec(LoopSpec):
