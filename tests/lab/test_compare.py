@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 
 from deltalab.cli.compare import table as shown
 from deltalab.core.stats import crossed, wilson
-from deltalab.lab.compare import Run, compare, cost_of, measures_of, pareto, runs_of
+from deltalab.lab.compare import Run, at_most_below, compare, cost_of, measures_of, pareto, runs_of
 from deltalab.lab.trials import create, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import spec
@@ -154,3 +154,17 @@ def test_error_rates_and_coverage_by_simulation():
     assert alarms <= 0.08 * 2000
     assert found >= 0.5 * 2000
     assert covered >= 0.9 * 2000
+
+
+@pytest.mark.parametrize(("a", "b", "measure", "want"), [
+    ([0.80, 0.80, 0.80], [0.79, 0.795, 0.79], ACC, "shown"),     # −.0083 ± .007, and 3 % of .8 is .024
+    ([0.80, 0.80, 0.80], [0.70, 0.705, 0.70], ACC, "refuted"),
+    ([0.80, 0.80, 0.80], [0.77, 0.79, 0.76], ACC, "open"),
+    ([0.80, 0.80, 0.80], [0.90, 0.91, 0.92], ACC, "shown"),      # better is not worse
+    ([0.80, 0.80, 0.80], [0.90, 0.91, 0.92], "loss", "shown"),   # 1 − the value: it fell
+    ([0.80, 0.80, 0.80], [0.70, 0.705, 0.70], "loss", "refuted"),
+])  # fmt: skip
+def test_at_most_a_share_worse(a, b, measure, want):
+    base, other = compare([*runs("a", a), *runs("b", b)], [measure], "a")
+    assert at_most_below(other, base, 0.03) == want
+    assert at_most_below(base, base, 0.03) == ""

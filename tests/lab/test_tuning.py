@@ -88,6 +88,13 @@ def figures(monkeypatch):
     monkeypatch.setattr(tuning, "row_of", lambda place: ROWS[place])
 
 
+def test_of_equals_the_lower_held_out_loss_is_chosen(tmp_path, figures):
+    sweep = create(spec(product={}, tune=LR), tmp_path / "s")
+    for trial, held_out in zip(sweep.tuning, (1.0, 0.5, 0.5), strict=True):
+        fake(sweep, trial, **{"score.a.accuracy": 1.0, "held_out": held_out})
+    assert chosen(find(sweep.folder)) == {"base": {"optim.lr": 3e-3}}
+
+
 @pytest.mark.parametrize(("by", "want"), [("score.a.accuracy", 3e-3), ("held_out", 1e-3), ("score.a.perplexity", 3e-2), (None, 3e-3)])  # fmt: skip
 def test_a_choice_is_made_by_the_mean_over_seeds_of_the_measure(tmp_path, figures, by, want):
     sweep = create(spec(product={}, tune={**LR, "by": by, "seeds": [1, 2]}), tmp_path / "s")

@@ -158,6 +158,11 @@ def test_validation_is_a_part_of_the_training_data_and_never_the_test_data(tmp_p
     assert len(part.test) == 5
     assert sorted(map(repr, part.train + part.test)) == sorted(map(repr, whole))
     assert read_parts(spec.but(seed=1)) == [part]
+    skill = {"task": "skills", "families": ["past_tense"], "n": 300}
+    (verbs,) = read_parts(spec.but(data=[skill], validation=0.25))
+    sides = [{c.messages[1]["content"] for c in side} for side in (verbs.train, verbs.test)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == round(0.25 * len(sides[0] | sides[1]))
     record = read_record(run_spec(spec, tmp_path / "run", progress=False))
     assert record["scores"]["after"]["rows"]["n"] == 5
     assert record["data"]["samples"] == 15

@@ -25,22 +25,36 @@ def command(
     measure: Annotated[
         list[str] | None, typer.Option(help="score.<task>.<measure>, held_out, loss; the tasks' scores if not given")
     ] = None,
+    margin: Annotated[
+        float | None, typer.Option(min=0.0, help="also say who is at most this share worse than the baseline: 0.03")
+    ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="also write the lines to this file")] = None,
 ) -> None:
     """Mean and interval of each group over its seeds; with a baseline, what is better, worse, or within noise."""
     from dataclasses import asdict
 
+    from deltalab.core.errors import UserError
     from deltalab.core.files import write_json
-    from deltalab.lab.compare import baseline_of, compare, cost_of, measures_of, pareto, runs_of
+    from deltalab.lab.compare import at_most_below, baseline_of, compare, cost_of, measures_of, pareto, runs_of
 
     found = runs_of(runs)
     baseline = baseline or baseline_of(runs)
+    if margin is not None and baseline is None:
+        raise UserError("--margin is against a baseline.", next="--baseline NAME")
     known = measures_of(found)
     wanted = measure or [name for name in known if name.startswith("score.")] or known[:1]
     lines = compare(found, wanted, baseline)
     for name in wanted:
         mine = [line for line in lines if line.measure == name]
         print(table(name, mine))
+        if margin is not None and mine[0].group == baseline:
+            told = {line.group: at_most_below(line, mine[0], margin) for line in mine[1:]}
+            parts = [
+                f"{word}: {', '.join(who)}"
+                for word in ("shown", "open", "refuted")
+                if (who := [group for group, said in told.items() if said == word])
+            ]
+            print(f"  at most {100 * margin:g} % worse than {baseline}: {'; '.join(parts) or 'nothing can be said'}")
         for column, words in COSTS.items():
             if all(run.values.get(column) is not None for run in found):
                 print(f"  Pareto, {words}: {', '.join(pareto(mine, cost_of(found, column)))}")

@@ -21,7 +21,10 @@ TooLong = Literal["skip", "cut"]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages `{"role": "system" | "user" | "assistant", "content": str}` in order; `meta` is what a task adds."""
+    """Messages `{"role": "system" | "user" | "assistant", "content": str}` in order; `meta` is what a task adds.
+
+    `same` in it: conversations with one such text are not parted between training and validation.
+    """
 
     messages: tuple[dict[str, str], ...]
     meta: Mapping[str, Any] = field(default_factory=dict)

@@ -139,6 +139,20 @@ def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None =
     ]  # fmt: skip
 
 
+def at_most_below(line: Line, baseline: Line, margin: float) -> str:
+    """Whether a group is at most that share of the baseline's mean worse than it: shown, if the whole 95 % interval of the difference
+    says so, refuted if none of it does, else open; nothing where there is no difference.
+
+    A test of non-inferiority at α = .025 (Piaggio et al. 2012, doi:10.1001/jama.2012.87802); p-values are not corrected.
+    """
+    if line.difference is None:
+        return ""
+    ends = (line.difference.interval.low, line.difference.interval.high)
+    worst, best = ends if line.rises else (-ends[1], -ends[0])
+    bound = -margin * abs(baseline.mean)
+    return "shown" if worst > bound else "refuted" if best < bound else "open"
+
+
 def measures_of(runs: Sequence[Run]) -> list[str]:
     """Names of what the runs measured: scores first, then losses."""
     names = dict.fromkeys(key for run in runs for key, value in run.values.items() if isinstance(value, float))

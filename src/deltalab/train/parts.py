@@ -50,16 +50,18 @@ def _part(task: Task, tag: str, validation: float) -> Part:
         return Part(tag, task, [], [], validation > 0)
     if not validation:
         return Part(tag, task, train, task.test())
-    n = round(validation * len(train))
-    if not 0 < n < len(train):
+    of = [c.meta.get("same") or repr(c.messages) for c in train]
+    groups = sorted(set(of))
+    n = round(validation * len(groups))
+    if not 0 < n < len(groups):
         raise UserError(
             f"validation={validation:g} leaves nothing on one side of the task '{tag}'.",
-            found=f"{len(train)} conversations to train on", next="another share, or more data",
+            found=f"{len(groups)} different conversations to train on", next="another share, or more data",
         )  # fmt: skip
-    held = set(
-        np.random.default_rng(0).permutation(len(train))[:n].tolist()
-    )  # the same ones for every seed and setting
-    return Part(tag, task, [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)], True)
+    # the same ones for every seed and setting; what is repeated goes to one side, or it would be known already
+    held = {groups[i] for i in np.random.default_rng(0).permutation(len(groups))[:n]}
+    sides = [[c for c, key in zip(train, of, strict=True) if (key in held) is out] for out in (False, True)]
+    return Part(tag, task, sides[0], sides[1], True)
 
 
 def scores(

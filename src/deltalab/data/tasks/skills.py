@@ -48,4 +48,9 @@ class SkillsTask(Task):
                 raise UserError(f"'{name}' is no skill family.", nearest=nearest(name, skills.FAMILIES),
                                 next=f"families: {', '.join(skills.FAMILIES)}")  # fmt: skip
         examples = skills.examples(families, n, self.seed, split)
-        return [Conversation.of(e["prompt"], e["answer"], family=e["family"]) for e in examples]
+        # a verb is asked in several phrasings
+        same = {skills.WITHHELD: "answer"}
+        return [
+            Conversation.of(e["prompt"], e["answer"], family=e["family"], same=e[same.get(e["family"], "prompt")])
+            for e in examples
+        ]

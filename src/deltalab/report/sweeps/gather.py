@@ -173,7 +173,7 @@ def _tuning(sweep: Sweep) -> Tuning | None:
         return None
     by, means = tried(sweep)
     best = chosen(sweep)
-    rows = [(group, words(json.loads(key)), value, best.get(group) == json.loads(key))
+    rows = [(group, words(json.loads(key)), value[0], best.get(group) == json.loads(key))
             for group, values in means.items() for key, value in values.items()]  # fmt: skip
     waiting = dict.fromkeys(trial.group for trial in sweep.tuning if trial.group not in best)
     return Tuning(by, rows, list(waiting))

@@ -1,0 +1,70 @@
+"""Writes docs/results/NAME.md from finished sweeps: what ran, what was found, what it cost, with figures and tables as files.
+
+    python tools/results_page.py docs/results/lab.md INTRODUCTION.md FOLDER…
+
+Each folder is one of `deltalab sweep`; a file `about.md` in it, with the command that made it and what was cut, comes first.
+Figures go to docs/images/lab/, the table of all trials to docs/results/lab/, as CSV.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import deltalab.lab as lab
+from deltalab.report import build_report
+from deltalab.report.sweeps import sweep_contents
+from deltalab.report.values import Table
+
+FIGURES = ("methods", "pareto", "axis")
+"""Those that a page shows, of a sweep that has them."""
+
+
+def main(page: Path, introduction: Path, folders: list[Path]) -> None:
+    """The whole page, from `introduction` and the sweeps in order."""
+    parts = [introduction.read_text(encoding="utf-8").strip()]
+    parts += [section(folder, page) for folder in folders]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def section(folder: Path, page: Path) -> str:
+    """One sweep."""
+    name, found = folder.name, sweep_contents(folder)
+    tables = page.parent / page.stem
+    tables.mkdir(exist_ok=True)
+    lab.load(folder).to_csv(tables / f"{name}.csv", index=False, float_format="%.6g")
+    lines = [f"## {name}", (folder / "about.md").read_text(encoding="utf-8").strip(), found.subtitle]
+    lines += [f"- {one.sentence}" for one in found.verdicts]
+    lines += [figure(folder, one, page) for one in FIGURES if (folder / "figures" / f"{one}.svg").is_file()]
+    shown = [
+        table
+        for part in found.sections
+        for table in part.tables
+        if table.name not in ("proofs", "trials", "held_out", "loss")
+    ]
+    lines += [markdown(table) for table in shown]
+    return "\n\n".join(lines)
+
+
+def figure(folder: Path, name: str, page: Path) -> str:
+    """A figure, copied beside the others of the page."""
+    images = page.parents[1] / "images" / page.stem
+    images.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "figures" / f"{name}.svg", images / f"{folder.name}-{name}.svg")
+    return f"![{folder.name}: {name}](../images/{page.stem}/{folder.name}-{name}.svg)"
+
+
+def markdown(table: Table) -> str:
+    """A table of the report."""
+
+    def row(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [row(table.head), "|" + "---|" * len(table.head), *map(row, table.rows)]
+    return f"**{table.title}.** {table.note}\n\n" + "\n".join(rows)
+
+
+if __name__ == "__main__":
+    for sweep in sys.argv[3:]:
+        build_report(sweep)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(sweep) for sweep in sys.argv[3:]])
