@@ -35,6 +35,64 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
+        "a choice by the least", "lab/tuning.py", "(sign * value[0], -value[1])", "(-sign * value[0], -value[1])",
+        "tests/lab/test_tuning.py",
+    ),
+    mutant(
+        "a choice before all have ended", "lab/tuning.py", "if group not in open_", "if True", "tests/lab/test_tuning.py",
+    ),
+    mutant(
+        "what is tuned runs on test data", "lab/spec.py", '"validation": spec.tune.validation, "costs"', '"costs"',
+        "tests/lab/test_tuning.py",
+    ),
+    mutant(
+        "repeated samples on both sides of validation", "train/parts.py",
+        'c.meta.get("same") or repr(c.messages) for c in train', "str(i) for i, c in enumerate(train)", "tests/train/test_costs.py",
+    ),
+    mutant(
+        "gradients in the base are not seen", "train/costs.py", "with_one <= trained", "bool(trained)", "tests/train/test_costs.py",
+    ),
+    mutant(
+        "another adapter passes for the one trained", "train/costs.py", "off <= 4 * ROUNDINGS", "off <= 1e9 * ROUNDINGS",
+        "tests/train/test_costs.py",
+    ),
+    mutant(
+        "a bad merge passes", "train/costs.py", '"holds": gap.error <= allowed', '"holds": allowed > 0', "tests/train/test_costs.py",
+    ),
+    mutant(
+        "a touched base passes", "train/run.py", "model_digest(model) == base, **proofs", "bool(base), **proofs",
+        "tests/train/test_costs.py",
+    ),
+    mutant(
+        "shards part a group", "lab/trials.py", "if sweep.tuning:\n", "if False:\n", "tests/lab/test_tuning.py",
+    ),
+    mutant(
+        "defaults are part of a trial's id", "lab/spec.py", "digest(run.told())", "digest(run.plain())", "tests/lab/test_trials.py",
+    ),
+    mutant(
+        "a share below the baseline is shown by its mean", "lab/compare.py", '"shown" if worst > bound', '"shown" if best > bound',
+        "tests/lab/test_compare.py",
+    ),
+    mutant(
+        "examples of other seeds are paired", "lab/compare.py", "seeds = [seed for seed in ours if seed in theirs]", "seeds = list(ours)",
+        "tests/lab/test_compare.py",
+    ),
+    mutant(
+        "p-values of a table one by one", "lab/compare.py", "holm([d.p for d in tested if d is not None]).tolist()",
+        "[d.p for d in tested if d is not None]", "tests/lab/test_compare.py",
+    ),
+    mutant(
+        "a front keeps what is beaten", "lab/compare.py", "all(a <= b for a, b in zip(other, point, strict=True))",
+        "all(a < b for a, b in zip(other, point, strict=True))", "tests/lab/test_compare.py",
+    ),
+    mutant(
+        "a drawn trial is told twice", "lab/search.py", "if state != \"running\":\n                    self._settle", "if False:\n                    self._settle",
+        "tests/lab/test_search.py",
+    ),
+    mutant(
+        "trackers get a step twice", "train/tracking.py", "if self.step > has:", "if True:", "tests/train/test_tracking.py",
+    ),
+    mutant(
         "freed memory is kept", "core/memory.py", "ctypes.CDLL(None).malloc_trim(0)", "pass", "tests/core/test_memory.py"
     ),
     mutant(

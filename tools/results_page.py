@@ -1,8 +1,8 @@
 """Writes docs/results/NAME.md from finished sweeps: what ran, what was found, what it cost, with figures and tables as files.
 
-    python tools/results_page.py docs/results/lab.md INTRODUCTION.md FOLDER…
+    python tools/results_page.py docs/results/lab.md FOLDER…
 
-Each folder is one of `deltalab sweep`; a file `about.md` in it, with the command that made it and what was cut, comes first.
+Each folder is one of `deltalab sweep`; tools/results/NAME.md, with the command that made it and what was cut, comes first.
 Figures go to docs/images/lab/, the table of all trials to docs/results/lab/, as CSV.
 """
 
@@ -20,9 +20,12 @@ FIGURES = ("methods", "pareto", "axis")
 """Those that a page shows, of a sweep that has them."""
 
 
-def main(page: Path, introduction: Path, folders: list[Path]) -> None:
-    """The whole page, from `introduction` and the sweeps in order."""
-    parts = [introduction.read_text(encoding="utf-8").strip()]
+TEXTS = Path(__file__).parent / "results"
+
+
+def main(page: Path, folders: list[Path]) -> None:
+    """The whole page: the introduction, and the sweeps in order."""
+    parts = [(TEXTS / "introduction.md").read_text(encoding="utf-8").strip()]
     parts += [section(folder, page) for folder in folders]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -33,7 +36,7 @@ def section(folder: Path, page: Path) -> str:
     tables = page.parent / page.stem
     tables.mkdir(exist_ok=True)
     lab.load(folder).to_csv(tables / f"{name}.csv", index=False, float_format="%.6g")
-    lines = [f"## {name}", (folder / "about.md").read_text(encoding="utf-8").strip(), found.subtitle]
+    lines = [f"## {name}", (TEXTS / f"{name}.md").read_text(encoding="utf-8").strip(), found.subtitle]
     lines += [f"- {one.sentence}" for one in found.verdicts]
     lines += [figure(folder, one, page) for one in FIGURES if (folder / "figures" / f"{one}.svg").is_file()]
     shown = [
@@ -65,6 +68,6 @@ def markdown(table: Table) -> str:
 
 
 if __name__ == "__main__":
-    for sweep in sys.argv[3:]:
+    for sweep in sys.argv[2:]:
         build_report(sweep)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(sweep) for sweep in sys.argv[3:]])
+    main(Path(sys.argv[1]), [Path(sweep) for sweep in sys.argv[2:]])
