@@ -137,6 +137,22 @@ def test_presets_of_other_families():
     assert leaves(dl.select(opt, "mlp")) == ["fc1", "fc2"]
 
 
+@pytest.mark.parametrize(("kind", "names"), [
+    ("llama", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
+    ("bert-classifier", {"q": "query", "k": "key", "v": "value", "o": "dense"}),
+    ("t5", {"q": "q", "k": "k", "v": "v", "o": "o"}),
+])  # fmt: skip
+def test_parts_of_an_attention_are_the_attention_together(kind, names):
+    model = tiny_llama() if kind == "llama" else model_of(kind)
+    for preset in ("q", "q,k", "q,v", "q,k,v", "q,k,v,o"):
+        found = dl.select(model, preset)
+        assert leaves(found) == sorted(names[part] for part in preset.split(","))
+        assert set(found.names) <= set(dl.select(model, "attention").names)
+    assert sorted(found.names) == sorted(dl.select(model, "attention").names)
+    with pytest.raises(dl.UserError, match=r"preset 'q,k,v,o' matches nothing in .* one fused linear"):
+        dl.select(tiny_gpt2(), "q,k,v,o")
+
+
 def test_presets_of_an_encoder_take_no_pooler_and_no_head():
     model = model_of("bert-classifier")
     attention = dl.select(model, "attention").names

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import deltalab as dl
 from deltalab.cli import main
 from deltalab.cli.sweep_table import _Look
 from deltalab.core.errors import UserError
@@ -41,6 +42,8 @@ def test_every_trial_of_a_preset_is_a_run_on_the_bundled_model(name):
     for task in {task for trial in found for task in (*trial.spec.data, *trial.spec.retain)}:
         assert task.train()
         assert task.test()
+    for run in {trial.group: trial.spec for trial in found}.values():  # every delta finds its place
+        dl.load("organism", quantize=run.quantize, adapt=list(run.adapt))
     best = {trial.group: trial.tuned for trial in found}
     assert len(trials(spec, best) if spec.tune else found) == 3 * len(groups)
 

@@ -1,7 +1,7 @@
 """Which weights a delta goes to. A selection is a value that prints; what matches nothing is an error, never skipped.
 
-A target is a preset (`q,v`, `k,v,down`, `attention`, `mlp`, `all-linear`), the name of a linear (`q_proj`, `self_attn.q_proj`, or
-the whole path), a shell pattern (`layers.0.*`) or `re:` and a regular expression for the whole path. Presets go by the
+A target is a preset (`q`, `q,k`, `q,v`, `q,k,v`, `q,k,v,o`, `k,v,down`, `attention`, `mlp`, `all-linear`), the name of
+a linear (`q_proj`, `self_attn.q_proj`, or the whole path), a shell pattern (`layers.0.*`) or `re:` and a regular expression for the whole path. Presets go by the
 structure of the blocks, so they never take embeddings or the output layer; experts held as 3-D parameters belong to
 `mlp` and `all-linear`. An embedding is taken by a target that matches no linear.
 """
@@ -20,7 +20,7 @@ from deltalab.deltas.sites import Place, base_modules, endings, linears, places,
 
 T = TypeVar("T")
 
-PRESETS = ("q,v", "k,v,down", "attention", "mlp", "all-linear")
+PRESETS = ("q", "q,k", "q,v", "q,k,v", "q,k,v,o", "k,v,down", "attention", "mlp", "all-linear")
 QUERY = {"q_proj", "query", "q_lin", "wq", "q"}
 KEY = {"k_proj", "key", "k_lin", "wk", "k"}
 VALUE = {"v_proj", "value", "v_lin", "wv", "v"}
@@ -224,6 +224,13 @@ def in_attention(name: str) -> bool:
     )
 
 
+PARTS: dict[str, Callable[[str], bool]] = {
+    "q": lambda name: leaf(name) in QUERY, "k": lambda name: leaf(name) in KEY, "v": lambda name: leaf(name) in VALUE,
+    "o": lambda name: in_attention(name) and leaf(name) not in QUERY | KEY | VALUE | FUSED,
+}  # fmt: skip
+"""The linears of an attention by their part in it; the output is what is no other."""
+
+
 def ends_mlp(name: str) -> bool:
     """Whether a weight of this path is the last linear of an MLP."""
     return not in_attention(name) and any(name == end or name.endswith("." + end) for end in DOWN)
@@ -240,11 +247,12 @@ def _preset(model: nn.Module, preset: str, there: dict[str, Place]) -> set[str]:
     if preset in ("k,v,down", "mlp", "all-linear"):
         experts = {name for name, place in there.items() if place.kind == "experts"}
         _refuse_experts(model, f"preset '{preset}'", blocks, experts)
-    if preset == "q,v":
-        found = {name for name in inside if leaf(name) in QUERY | VALUE}
+    if set(parts := preset.split(",")) <= PARTS.keys():
+        of = {part: {name for name in inside if PARTS[part](name)} for part in parts}
+        found = set().union(*of.values())
         fused = sorted({leaf(name) for name in inside if leaf(name) in FUSED})
-        if not found and fused:
-            raise UserError(f"preset 'q,v' matches nothing in {called(model)}: query, key and value are one fused linear there.",
+        if fused and not all(of.values()):
+            raise UserError(f"preset '{preset}' matches nothing in {called(model)}: query, key and value are one fused linear there.",
                             found=f"fused: {', '.join(fused)}", next=f"targets={fused!r}, or the preset 'attention'")  # fmt: skip
     elif preset == "k,v,down":
         found = _keys_values_down(model, inside, experts)
