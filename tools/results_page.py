@@ -16,7 +16,7 @@ from deltalab.report import build_report
 from deltalab.report.sweeps import sweep_contents
 from deltalab.report.values import Table
 
-FIGURES = ("methods", "pareto", "axis")
+FIGURES = ("methods.svg", "pareto.png", "axis.svg")
 """Those that a page shows, of a sweep that has them."""
 
 
@@ -38,7 +38,7 @@ def section(folder: Path, page: Path) -> str:
     lab.load(folder).to_csv(tables / f"{name}.csv", index=False, float_format="%.6g")
     lines = [f"## {name}", (TEXTS / f"{name}.md").read_text(encoding="utf-8").strip(), found.subtitle]
     lines += [f"- {one.sentence}" for one in found.verdicts]
-    lines += [figure(folder, one, page) for one in FIGURES if (folder / "figures" / f"{one}.svg").is_file()]
+    lines += [figure(folder, one, page) for one in FIGURES if (folder / "figures" / one).is_file()]
     shown = [
         table
         for part in found.sections
@@ -53,8 +53,8 @@ def figure(folder: Path, name: str, page: Path) -> str:
     """A figure, copied beside the others of the page."""
     images = page.parents[1] / "images" / page.stem
     images.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "figures" / f"{name}.svg", images / f"{folder.name}-{name}.svg")
-    return f"![{folder.name}: {name}](../images/{page.stem}/{folder.name}-{name}.svg)"
+    shutil.copy(folder / "figures" / name, images / f"{folder.name}-{name}")
+    return f"![{folder.name}: {name.partition('.')[0]}](../images/{page.stem}/{folder.name}-{name})"
 
 
 def markdown(table: Table) -> str:
