@@ -280,12 +280,14 @@ def _not_loaded(name: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers while a model loads: ours are the ones to look at."""
+    """No progress bars and no report of transformers while a model loads: what is missing is told by `_require_whole`."""
     logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
