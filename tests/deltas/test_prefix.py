@@ -210,3 +210,25 @@ def test_measures():
     assert one == pytest.approx(float(terms[0].norm() / heads[False][0].norm()), rel=1e-4)
     assert both == pytest.approx(float(torch.stack(terms).norm() / torch.stack(heads[False]).norm()), rel=1e-4)
     assert one != both
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_evaluation_after_a_step_sees_the_step(fused):
+    """torch's fused AdamW changes values and no version: prompts' keys that an earlier evaluation kept are not used again."""
+    model = perturbed(dl.adapt(tiny_llama(), dl.ZeroInitPrefix(length=3)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5, fused=fused)
+    ids = tokens()
+    for _ in range(2):
+        model.eval()
+        with torch.no_grad():
+            before = model(ids).logits
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            after = model(ids).logits
+        want = model(ids).logits.detach()  # with gradients nothing is kept
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, want)

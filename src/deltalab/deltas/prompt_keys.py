@@ -40,6 +40,7 @@ def kept(attention: nn.Module, prompt: Tensor, call: tuple[object, ...], make: C
     """What `make` gives, or gave before and would give again. call: what else it depends on, to be compared."""
     seen = None if torch.is_grad_enabled() else _parts(attention, prompt)
     if seen is None:
+        _ALL.pop(attention, None)  # a fused optimizer's step changes values and no version, and comes after such a pass
         return make()
     modules, tensors = seen
     where = prompt.device.type

@@ -58,7 +58,14 @@ def make_optimizer(model: nn.Module, spec: OptimSpec, device: torch.device | Non
     if spec.paged is not None:
         return paged(spec.paged, device or next(iter(trained.values())).device)(groups, lr=spec.lr, betas=spec.betas)
     fuses = all(p.is_floating_point() and p.is_contiguous() and p.device.type in FUSED for p in trained.values())
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True if fuses else None)
+    optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True if fuses else None)
+    if fuses:  # torch's fused step leaves versions as they are, and what is kept from values goes by them
+
+        def tell(*_: object) -> None:
+            torch.autograd.graph.increment_version(list(trained.values()))
+
+        optimizer.register_step_post_hook(tell)
+    return optimizer
 
 
 def paged(bits: int, device: torch.device) -> Any:
