@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import deltalab as dl
-from deltalab.cli import main
+from deltalab.cli import main, sweep
 from deltalab.cli.sweep_table import _Look
 from deltalab.core.errors import UserError
 from deltalab.core.spec import load_spec
@@ -29,6 +29,7 @@ def call(capsys, *args, code=0):
 def test_which_there_are():
     assert presets.names() == NAMES
     assert presets.find(Path("mine.yaml")) == Path("mine.yaml")
+    assert all(f"{name}," in (sweep.command.__doc__ or "").replace(".", ",") for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,6 +56,7 @@ def test_a_preset_by_name(capsys, tmp_path, monkeypatch):
     assert "r=64, seed=42" in out
     shown = yaml.safe_load(call(capsys, "sweep", "rank-ablation", "base.model=mine", "--show").out)
     assert shown["base"]["model"] == "mine"
+    assert call(capsys, "sweep", "rank-ablation", "--show").out == presets.find(Path("rank-ablation")).read_text()
     err = call(capsys, "sweep", "rank-ablatoin", code=2).err
     assert "rank-ablation" in err
     assert list(tmp_path.iterdir()) == []

@@ -129,3 +129,14 @@ def test_paged_moments_that_cannot_be_had(monkeypatch):
     with pytest.raises(UserError, match="bitsandbytes is not installed") as error:
         make_optimizer(Adapter(), OptimSpec(paged=32), CUDA)
     assert "pip install" in error.value.next
+
+
+def test_a_step_is_seen_by_what_goes_by_versions():
+    model = Adapter()
+    trained = {name: p for name, p in model.named_parameters() if p.numel()}
+    optimizer = make_optimizer(model, OptimSpec(), torch.device("cpu"))
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: p._version for name, p in trained.items()}
+    optimizer.step()
+    assert all(p._version > before[name] for name, p in trained.items())

@@ -50,10 +50,9 @@ def command(
     if show:
         import yaml
 
-        print(
-            yaml.safe_dump(override(read_yaml(file), overrides or []), sort_keys=False, allow_unicode=True, width=100),
-            end="",
-        )
+        values = override(read_yaml(file), overrides or [])
+        told = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        print(told if overrides else file.read_text(encoding="utf-8"), end="")
         return
     read = load_spec(SweepSpec, file, overrides or [])
     if dry_run:

@@ -88,7 +88,7 @@ class _Look:
 
         from deltalab.lab.trials import ENDED, find, step_of
 
-        if self.sweep.tuning or self.sweep.spec.search:  # more trials are known by and by
+        if self.sweep.spec.search is not None:  # whose trials become known as it goes
             self.sweep = find(self.sweep.folder)
         states = self.sweep.states()
         groups: dict[str, list[Trial]] = {}

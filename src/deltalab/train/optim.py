@@ -60,9 +60,10 @@ def make_optimizer(model: nn.Module, spec: OptimSpec, device: torch.device | Non
     fuses = all(p.is_floating_point() and p.is_contiguous() and p.device.type in FUSED for p in trained.values())
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True if fuses else None)
     if fuses:  # torch's fused step leaves versions as they are, and what is kept from values goes by them
+        moved = list(trained.values())
 
         def tell(*_: object) -> None:
-            torch.autograd.graph.increment_version(list(trained.values()))
+            torch.autograd.graph.increment_version(moved)
 
         optimizer.register_step_post_hook(tell)
     return optimizer
