@@ -68,9 +68,11 @@ def select(model: nn.Module, targets: str | Sequence[str], layers: Sequence[int]
     lists = list(stacks(model)) if blocks is not None else []
     chosen: set[str] = set()
     wanted = split(targets)
-    ends = {} if set(wanted) <= set(PRESETS) else endings(there)
+    ends = {} if set(wanted) <= set(PRESETS) - {"q"} else endings(there)
     for target in wanted:
-        found = _preset(model, target, there) if target in PRESETS else _match(model, target, there, ends)
+        named = target == "q" and target in ends  # a linear's own name, as T5 has it, comes before a preset
+        preset = target in PRESETS and not named
+        found = _preset(model, target, there) if preset else _match(model, target, there, ends)
         if blocks is not None:
             inside = {name for name in found if _index(lists, name) in blocks}
             if found and not inside:
