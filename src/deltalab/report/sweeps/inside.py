@@ -57,9 +57,9 @@ def _maps(found: Gathered) -> list[Plot]:
     """Relative norm and effective rank at the end, layers × modules, of a few groups."""
     shown = [name for name in found.shown(MAPS) if any(_last(one.curves, "deltas").get("weights") for one in found.groups[name])]  # fmt: skip
     out = []
-    for key, title, unit, scale in (("relative", "Where the change is large", "‖ΔW‖ / ‖W‖, per cent", 100.0),
+    for key, title, unit, scale in (("relative", "Where the change is large", "‖ΔW‖ / ‖W‖, %", 100.0),
                                     ("effective_rank", "Where its rank is high", "effective rank", 1.0)):  # fmt: skip
-        grids = [grid for name in shown if (grid := _map(found, name, key, scale)) is not None]
+        grids = [grid for name in shown if (grid := _map(found, name, key, scale, unit)) is not None]
         top = max((value for grid in grids for row in grid.values for value in row if value is not None), default=1.0)
         panels: list[Panel] = [grid._replace(top=top or 1.0) for grid in grids]
         caption = f"{unit.capitalize() if unit[0].isalpha() else unit}, at the last step, means over seeds; rows are layers, shades the same in all panels.{FIRST if scale == 1.0 else ''}{found.left_out(MAPS)}"  # fmt: skip
@@ -67,7 +67,7 @@ def _maps(found: Gathered) -> list[Plot]:
     return out
 
 
-def _map(found: Gathered, group: str, key: str, scale: float) -> Grid | None:
+def _map(found: Gathered, group: str, key: str, scale: float, unit: str) -> Grid | None:
     seen: dict[tuple[int, str], list[float]] = {}
     changes = [_last(one.curves, "deltas").get("weights", {}) for one in found.groups[group]]
     stacks = {stack for weights in changes for path in weights for stack in ("encoder.", "decoder.") if stack in path}
@@ -77,7 +77,8 @@ def _map(found: Gathered, group: str, key: str, scale: float) -> Grid | None:
             module = f"{'decoder' if 'decoder.' in path else 'encoder'} {module}"
         if layer is not None and weight[key] is not None:
             seen.setdefault((layer, module), []).append(weight[key])
-    return heat_map(f"heat-{key}-{group}", group, {at: float(np.mean(values)) for at, values in seen.items()}, scale)
+    means = {at: float(np.mean(values)) for at, values in seen.items()}
+    return heat_map(f"heat-{key}-{group}", f"{group}: {unit}", means, scale)
 
 
 def _similarity(found: Gathered) -> Plot:
