@@ -52,7 +52,7 @@ def test_every_trial_of_a_preset_is_a_run_on_the_bundled_model(name):
 def test_a_preset_by_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = call(capsys, "sweep", "rank-ablation", "--dry-run").out
-    assert out.startswith("36 trials, and 3 more of each group with the best")
+    assert out.startswith("58 trials, and 3 more of each group with the best")
     assert "r=64, seed=42" in out
     shown = yaml.safe_load(call(capsys, "sweep", "rank-ablation", "base.model=mine", "--show").out)
     assert shown["base"]["model"] == "mine"

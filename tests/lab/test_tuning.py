@@ -13,7 +13,7 @@ from deltalab.lab import trials as module
 from deltalab.lab import tuning
 from deltalab.lab.compare import runs_of
 from deltalab.lab.trials import create, find, share, work
-from deltalab.lab.tuning import chosen
+from deltalab.lab.tuning import at_edges, chosen
 from tests.lab.sweeps import spec
 
 LR = {"values": {"optim.lr": [1e-3, 3e-3, 3e-2]}, "validation": 0.25}
@@ -111,6 +111,18 @@ def test_a_choice_is_made_by_the_mean_over_seeds_of_the_measure(tmp_path, figure
         fake(sweep, trial, **{"score.a.accuracy": accuracy, "held_out": held_out, "score.a.perplexity": perplexity})
     assert chosen(find(sweep.folder)) == {"base": {"optim.lr": want}}
     assert [t.spec.optim.lr for t in find(sweep.folder).trials] == [want, want]
+
+
+def test_only_numbers_have_edges_and_of_two_none_is_one():
+    tried = [
+        {"optim.lr": lr, "optim.batch": batch, "adapt.targets": name}
+        for lr in (1, 2, 3)
+        for batch in (8, 16)
+        for name in "abc"
+    ]
+    assert at_edges(tried[0], tried) == {"optim.lr": "lowest"}
+    assert at_edges(tried[-1], tried) == {"optim.lr": "highest"}
+    assert at_edges({**tried[0], "optim.lr": 2}, tried) == {}
 
 
 def test_failed_tries_are_passed_over_and_a_measure_nobody_has_is_an_error(tmp_path, figures):

@@ -7,7 +7,9 @@ from typing import Any
 
 from deltalab.core.spec import build
 from deltalab.lab.spec import SweepSpec, Trial
-from deltalab.lab.trials import Sweep, create, fail
+from deltalab.lab.trials import Sweep, create, fail, find
+from deltalab.report.contents import Contents
+from deltalab.report.verdicts import Told
 
 BASE = {"model": "organism", "adapt": [{"method": "lora", "targets": "q,v"}], "data": [{"task": "skills"}], "optim": {"steps": 20}}  # fmt: skip
 PATHS = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
@@ -59,8 +61,14 @@ def finish(sweep: Sweep, trial: Trial, right: int, of: int = 10, probed: bool = 
 
 
 def sweep_of(folder: Path, right: Callable[[Trial], int | str | None], of: int = 10, probed: bool = True, fields: Callable[[Trial], dict[str, Any]] = lambda _: {}, **plan: Any) -> Sweep:  # fmt: skip
-    """A sweep of `plan`; `right` says of each trial how many of its answers are right, None for one that waits, or why it failed."""
+    """A sweep of `plan`; `right` says of each trial how many of its answers are right, None for one that waits, or why it failed.
+
+    What is tuned is chosen by those that `right` gives the trials that it is tuned by.
+    """
     sweep = create(build(SweepSpec, {"base": BASE, "product": {"adapt.r": [2, 8]}, "seeds": [1, 2, 3], **plan}), folder)
+    for trial in sweep.tuning:
+        finish(sweep, trial, int(right(trial) or 0), of, probed=False)
+    sweep = find(folder) if sweep.tuning else sweep
     for trial in sweep.trials:
         count = right(trial)
         if isinstance(count, str):
@@ -68,3 +76,14 @@ def sweep_of(folder: Path, right: Callable[[Trial], int | str | None], of: int =
         elif count is not None:
             finish(sweep, trial, count, of, probed, **fields(trial))
     return sweep
+
+
+def table(contents: Contents, name: str) -> dict[str, dict[str, str]]:
+    """Row -> head -> cell."""
+    found = next(t for section in contents.sections for t in section.tables if t.name == name)
+    return {row[0]: dict(zip(found.head[1:], row[1:], strict=True)) for row in found.rows}
+
+
+def told(contents: Contents, name: str) -> Told:
+    """The verdict of this name."""
+    return next(one for one in contents.verdicts if one.name == name)

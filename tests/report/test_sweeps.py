@@ -16,8 +16,7 @@ from deltalab.report.style import beside
 from deltalab.report.sweeps import sweep_contents
 from deltalab.report.sweeps.gather import gather
 from deltalab.report.sweeps.measures import fixed, numeric_axis, signed
-from deltalab.report.text import text
-from tests.report.made_up import sweep_of
+from tests.report.made_up import sweep_of, table, told
 
 RIGHT = {2: (4, 5, 6), 4: (3, 3, 3), 8: (8, 8, 9)}
 
@@ -36,18 +35,8 @@ def contents(folder) -> Contents:
     return sweep_contents(folder)
 
 
-def table(contents: Contents, name: str) -> dict[str, dict[str, str]]:
-    """Row -> head -> cell."""
-    found = next(t for section in contents.sections for t in section.tables if t.name == name)
-    return {row[0]: dict(zip(found.head[1:], row[1:], strict=True)) for row in found.rows}
-
-
 def panel(contents: Contents, name: str):
     return next(one for plot in contents.plots() for one in plot.panels if one.name == name)
-
-
-def told(contents: Contents, name: str):
-    return next(one for one in contents.verdicts if one.name == name)
 
 
 def test_means_and_differences_are_those_worked_by_hand(contents):
@@ -175,24 +164,6 @@ def test_one_seed_has_no_interval_but_that_of_its_examples(tmp_path):
     assert "One seed: no intervals" in next(plot for plot in by_loss.plots() if plot.name == "methods").caption
 
 
-def test_failed_and_waiting_trials_are_told(tmp_path):
-    def right(trial):
-        if trial.spec.adapt[0].r == 8:
-            return "out of memory\nby 3 GB" if trial.spec.seed == 1 else None
-        return 5
-
-    found = sweep_contents(sweep_of(tmp_path / "s", right).folder)
-    assert found.subtitle.startswith("unfinished: 2 trials to go")
-    first = found.verdicts[0]
-    assert (first.name, first.outcome, first.tone) == ("trials", "unfinished", "open")
-    assert "3 of 6 trials are finished, 1 failed." in first.sentence
-    assert "1 of 2 groups have no finished trial: r=8." in first.sentence
-    failed = table(found, "failed")
-    assert failed["r=8, seed=1"]["error"] == "out of memory by 3 GB"
-    assert "There is no other group to compare it with." in told(found, "best accuracy on own").sentence
-    assert "out of memory by 3 GB" in text(found)
-
-
 def test_a_sweep_without_a_finished_trial_has_no_report(tmp_path):
     sweep = sweep_of(tmp_path / "s", lambda trial: "no room" if trial.spec.seed == 1 else None)
     with pytest.raises(UserError, match="has no finished trial to report on") as caught:
@@ -206,21 +177,6 @@ def test_a_sweep_without_a_measure_has_no_report(tmp_path):
     sweep = sweep_of(tmp_path / "s", lambda _: 5, fields=lambda _: empty)
     with pytest.raises(UserError, match="has a score or a loss"):
         gather(sweep.folder)
-
-
-def test_proofs_that_do_not_hold_are_named(tmp_path):
-    def fields(trial):
-        held = trial.label != "r=8, seed=2"
-        proofs = {"gradient_only_delta": True, "base_untouched": trial.spec.seed != 3}
-        return {"cost": {"merge": {"holds": held}}, "proofs": proofs}
-
-    found = sweep_contents(sweep_of(tmp_path / "s", lambda _: 5, fields=fields).folder)
-    proofs = told(found, "proofs")
-    assert (proofs.outcome, proofs.tone, found.verdicts[0]) == ("3 broken", "bad", proofs)
-    assert "merging is within its tolerance: 5 of 6 (not: r=8, seed=2)" in proofs.sentence
-    rows = table(found, "proofs")
-    assert rows["base untouched, by its digest"]["exceptions"] == "r=2, seed=3; r=8, seed=3"
-    assert rows["gradients in the delta alone"] == {"holds": "6", "does not": "0", "not recorded": "0", "exceptions": "—"}  # fmt: skip
 
 
 def test_columns_that_some_have_get_dashes_and_those_of_nobody_are_left_out(tmp_path):

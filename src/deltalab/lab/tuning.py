@@ -1,6 +1,7 @@
 """What was tried for each group of a sweep that is tuned, and what is best of it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,3 +61,15 @@ def chosen(sweep: "Sweep") -> dict[str, dict[str, Any]]:
         group: json.loads(max(values, key=lambda key: rank(values[key])))
         for group, values in found.items() if group not in open_
     }  # fmt: skip
+
+
+def at_edges(best: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The settings in which the best is the lowest or the highest of three or more numbers that were tried, and which: a wider
+    range may hold a better one.
+    """
+    found = {}
+    for key, value in best.items():
+        numbers = {one[key] for one in settings if isinstance(one.get(key), int | float)}
+        if len(numbers) > 2 and value in (min(numbers), max(numbers)):
+            found[key] = "lowest" if value == min(numbers) else "highest"
+    return found

@@ -18,7 +18,7 @@ from deltalab.lab.rows import rises
 from deltalab.lab.spec import SweepSpec, Trial, words
 from deltalab.lab.table import examples, row
 from deltalab.lab.trials import State, Sweep, failure, find
-from deltalab.lab.tuning import chosen, tried
+from deltalab.lab.tuning import at_edges, chosen, tried
 from deltalab.report import Curves, curves_of
 from deltalab.report.style import PALETTE
 from deltalab.report.values import Record
@@ -39,11 +39,15 @@ class One:
 
 
 class Tuning(NamedTuple):
-    """measure: that choices are made by. rows: (group, what was tried, its mean, whether it was chosen). waiting: groups without a choice."""
+    """measure: that choices are made by. rows: (group, what was tried, its mean, "chosen" or nothing). waiting: groups without a choice.
+
+    edge: groups whose choice is the lowest or the highest of what was tried, which "chosen" then says as well.
+    """
 
     measure: str
-    rows: list[tuple[str, str, float, bool]]
+    rows: list[tuple[str, str, float, str]]
     waiting: list[str]
+    edge: list[str]
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,16 @@ def _tuning(sweep: Sweep) -> Tuning | None:
         return None
     by, means = tried(sweep)
     best = chosen(sweep)
-    rows = [(group, words(json.loads(key)), value[0], best.get(group) == json.loads(key))
-            for group, values in means.items() for key, value in values.items()]  # fmt: skip
+    rows, edge = [], []
+    for group, values in means.items():
+        settings = [json.loads(key) for key in values]
+        ends = at_edges(best.get(group, {}), settings) if sweep.spec.tune else {}
+        edge += [group] * bool(ends)
+        note = f"chosen, the {' and '.join(dict.fromkeys(ends.values()))}" if ends else "chosen"
+        rows += [(group, words(setting), value[0], note if best.get(group) == setting else "")
+                 for setting, value in zip(settings, values.values(), strict=True)]  # fmt: skip
     waiting = dict.fromkeys(trial.group for trial in sweep.tuning if trial.group not in best)
-    return Tuning(by, rows, list(waiting))
+    return Tuning(by, rows, list(waiting), edge)
 
 
 def measure_name(measure: str) -> str:

@@ -1,5 +1,7 @@
 """The trials one by one: how far each is, what failed, and what each proves of itself."""
 
+from collections.abc import Sequence
+
 from deltalab.report.sweeps.gather import Gathered, measure_name
 from deltalab.report.values import LONG, Section, Table, Tile, number
 from deltalab.report.verdicts import Told
@@ -24,7 +26,7 @@ def _tuned(found: Gathered) -> list[Table]:
     """What was tried for each group, and what was chosen."""
     if found.tuning is None:
         return []
-    rows = [(group, tried, number(value), "chosen" if best else "") for group, tried, value, best in found.tuning.rows]
+    rows = [(group, tried, number(value), note) for group, tried, value, note in found.tuning.rows]
     note = "On a part of the training data that was held out; the trials that are reported ran with what was chosen."
     head = ("", "tried", measure_name(found.tuning.measure), "")
     return [Table("tuning", "What was tuned, on validation data", head, rows, note, folded=len(rows) > LONG)]
@@ -42,13 +44,21 @@ def verdict(found: Gathered) -> Told:
     groups = {trial.group for trial in found.trials}
     missing = [name for name in dict.fromkeys(trial.group for trial in found.trials) if name not in found.groups]
     if missing:
-        shown = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        sentence += f" {len(missing)} of {len(groups)} groups have no finished trial: {shown}."
+        sentence += f" {len(missing)} of {len(groups)} groups have no finished trial: {_few(missing)}."
+    if edge := found.tuning.edge if found.tuning else []:
+        sentence += (
+            f" Tuned to the lowest or highest value that was tried, so that a wider range may do better: {_few(edge)}."
+        )
     if found.note:
         sentence += f" {found.note}"
     outcome = "unfinished" if left else "finished" if not counts["failed"] else f"{counts['failed']} failed"
     tone = "open" if left else "bad" if counts["failed"] else "good"
     return Told("trials", "", outcome, sentence, {"kind": "trials", "tone": tone, "counts": dict(counts)})
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def proofs(found: Gathered) -> Told:

@@ -1,0 +1,54 @@
+"""The trials of a sweep's report: what was tuned, what failed, what they prove."""
+
+from deltalab.report.sweeps import sweep_contents
+from deltalab.report.text import text
+from tests.report.made_up import sweep_of, table, told
+
+
+def test_a_choice_at_the_end_of_what_was_tried_is_named(tmp_path):
+    """r=2 does best at the highest rate, r=4 between two others, r=8 at the lowest."""
+    best = {2: 0.1, 4: 0.01, 8: 0.001}
+    plan = {"product": {"adapt.r": [2, 4, 8]}, "tune": {"values": {"optim.lr": [0.001, 0.01, 0.1]}}}
+    contents = sweep_contents(
+        sweep_of(tmp_path / "s", lambda t: 5 + (t.spec.optim.lr == best[t.spec.adapt[0].r]), **plan).folder
+    )
+    rows = next(t for section in contents.sections for t in section.tables if t.name == "tuning").rows
+    assert [row[1:] for row in rows] == [
+        ("lr=0.001", "0.5", ""), ("lr=0.01", "0.5", ""), ("lr=0.1", "0.6", "chosen, the highest"),
+        ("lr=0.001", "0.5", ""), ("lr=0.01", "0.6", "chosen"), ("lr=0.1", "0.5", ""),
+        ("lr=0.001", "0.6", "chosen, the lowest"), ("lr=0.01", "0.5", ""), ("lr=0.1", "0.5", ""),
+    ]  # fmt: skip
+    assert "a wider range may do better: r=2, r=8." in told(contents, "trials").sentence
+
+
+def test_failed_and_waiting_trials_are_told(tmp_path):
+    def right(trial):
+        if trial.spec.adapt[0].r == 8:
+            return "out of memory\nby 3 GB" if trial.spec.seed == 1 else None
+        return 5
+
+    found = sweep_contents(sweep_of(tmp_path / "s", right).folder)
+    assert found.subtitle.startswith("unfinished: 2 trials to go")
+    first = found.verdicts[0]
+    assert (first.name, first.outcome, first.tone) == ("trials", "unfinished", "open")
+    assert "3 of 6 trials are finished, 1 failed." in first.sentence
+    assert "1 of 2 groups have no finished trial: r=8." in first.sentence
+    failed = table(found, "failed")
+    assert failed["r=8, seed=1"]["error"] == "out of memory by 3 GB"
+    assert "There is no other group to compare it with." in told(found, "best accuracy on own").sentence
+    assert "out of memory by 3 GB" in text(found)
+
+
+def test_proofs_that_do_not_hold_are_named(tmp_path):
+    def fields(trial):
+        held = trial.label != "r=8, seed=2"
+        proofs = {"gradient_only_delta": True, "base_untouched": trial.spec.seed != 3}
+        return {"cost": {"merge": {"holds": held}}, "proofs": proofs}
+
+    found = sweep_contents(sweep_of(tmp_path / "s", lambda _: 5, fields=fields).folder)
+    proofs = told(found, "proofs")
+    assert (proofs.outcome, proofs.tone, found.verdicts[0]) == ("3 broken", "bad", proofs)
+    assert "merging is within its tolerance: 5 of 6 (not: r=8, seed=2)" in proofs.sentence
+    rows = table(found, "proofs")
+    assert rows["base untouched, by its digest"]["exceptions"] == "r=2, seed=3; r=8, seed=3"
+    assert rows["gradients in the delta alone"] == {"holds": "6", "does not": "0", "not recorded": "0", "exceptions": "—"}  # fmt: skip
