@@ -35,7 +35,15 @@ def mutant(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 MUTANTS = [
     mutant(
-        "a choice by the least", "lab/tuning.py", "(sign * value[0], -value[1])", "(-sign * value[0], -value[1])",
+        "losses of two tasks are compared", "lab/compare.py", "if own & part[1] or not own | part[1]", "if True",
+        "tests/lab/test_compare.py",
+    ),
+    mutant(
+        "settings called alike are one group", "lab/spec.py", 'f"{name} ({told})" if told else name', "name",
+        "tests/lab/test_spec.py",
+    ),
+    mutant(
+        "a choice by the least", "lab/tuning.py", "(sign * value, -held_out)", "(-sign * value, -held_out)",
         "tests/lab/test_tuning.py",
     ),
     mutant(

@@ -16,8 +16,10 @@ from deltalab.report import build_report
 from deltalab.report.sweeps import sweep_contents
 from deltalab.report.values import Table
 
-FIGURES = ("methods.svg", "pareto.png", "axis.svg")
-"""Those that a page shows, of a sweep that has them."""
+FIGURES = ("methods*.svg", "pareto*.png", "axis*.svg")
+"""Those that a page shows, of a sweep that has them; one of several tasks has them for each."""
+LEFT_OUT = ("proofs", "trials", "held_out", "loss")
+"""Tables that it does not: they are in the CSV, or follow the others."""
 
 
 TEXTS = Path(__file__).parent / "results"
@@ -38,13 +40,8 @@ def section(folder: Path, page: Path) -> str:
     lab.load(folder).to_csv(tables / f"{name}.csv", index=False, float_format="%.6g")
     lines = [f"## {name}", (TEXTS / f"{name}.md").read_text(encoding="utf-8").strip(), found.subtitle]
     lines += [f"- {one.sentence}" for one in found.verdicts]
-    lines += [figure(folder, one, page) for one in FIGURES if (folder / "figures" / one).is_file()]
-    shown = [
-        table
-        for part in found.sections
-        for table in part.tables
-        if table.name not in ("proofs", "trials", "held_out", "loss")
-    ]
+    lines += [figure(folder, one.name, page) for some in FIGURES for one in sorted((folder / "figures").glob(some))]
+    shown = [table for part in found.sections for table in part.tables if table.name.partition("-")[0] not in LEFT_OUT]
     lines += [markdown(table) for table in shown]
     return "\n\n".join(lines)
 

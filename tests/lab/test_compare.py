@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 
 from deltalab.cli.compare import table as shown
 from deltalab.core.stats import crossed, wilson
-from deltalab.lab.compare import Run, at_most_below, compare, cost_of, measures_of, pareto, runs_of
+from deltalab.lab.compare import Run, at_most_below, compare, cost_of, measures_of, pareto, parts_of, runs_of, stand_in
 from deltalab.lab.trials import create, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import spec
@@ -101,6 +101,42 @@ def test_the_front():
     assert pareto(lines, costs) == ["small", "big", "twin"]
     falling = compare([*runs("small", [0.7]), *runs("big", [0.9]), *runs("waste", [0.8])], ["loss"])
     assert pareto(falling, {"small": 1.0, "big": 10.0, "waste": 20.0}) == ["small", "big"]
+
+
+def on(task, group, values):
+    return [
+        Run(group, seed, {f"score.{task}.accuracy": value, "loss": 2 - value}, {}) for seed, value in enumerate(values)
+    ]
+
+
+def test_groups_of_different_tasks_are_compared_each_with_their_own_baseline():
+    """The losses of two tasks are of different text; and all p-values are corrected together."""
+    a, b = {"full": [0.5, 0.6, 0.55], "r=2": [0.7, 0.72, 0.69]}, {"full": [0.1, 0.2, 0.3], "r=2": [0.3, 0.3, 0.4]}
+    found = [
+        run for name in a for task, of in (("a", a), ("b", b)) for run in on(task, f"{name}, data={task}", of[name])
+    ]
+    assert parts_of(found) == [["full, data=a", "r=2, data=a"], ["full, data=b", "r=2, data=b"]]
+    lines = compare(found, ["score.a.accuracy", "loss"], "full, data=a")
+    assert [(line.measure, line.group, line.baseline) for line in lines] == [
+        ("score.a.accuracy", "full, data=a", "full, data=a"), ("score.a.accuracy", "r=2, data=a", "full, data=a"),
+        ("loss", "full, data=a", "full, data=a"), ("loss", "r=2, data=a", "full, data=a"),
+        ("loss", "full, data=b", "full, data=b"), ("loss", "r=2, data=b", "full, data=b"),
+    ]  # fmt: skip
+    tested = [line.difference for line in lines if line.difference]
+    raw = [sps.ttest_rel(a["r=2"], a["full"]).pvalue] * 2 + [sps.ttest_rel(b["r=2"], b["full"]).pvalue]
+    assert [one.p for one in tested] == pytest.approx(raw)
+    assert [one.corrected for one in tested] == pytest.approx(multipletests(raw, method="holm")[1])
+    assert [line.difference for line in compare(found, ["loss"])] == 4 * [None]
+
+
+def test_a_score_in_common_joins_tasks_and_groups_without_one_stand_apart():
+    both = [Run("both", 1, {"score.a.accuracy": 0.5, "score.b.f1": 0.5}, {})]
+    bare = [Run(name, 1, {"loss": 1.0}, {}) for name in ("x", "y")]
+    assert parts_of([*on("a", "one", [0.5]), *bare, *on("b", "two", [0.5])]) == [["one"], ["x", "y"], ["two"]]
+    f1 = [Run("two", 1, {"score.b.f1": 0.5}, {})]
+    assert parts_of([*on("a", "one", [0.5]), *bare, *f1, *both]) == [["one", "two", "both"], ["x", "y"]]
+    assert stand_in("r=2, lr=1, data=a", ["r=4, lr=1, data=b", "r=2, lr=1, data=b"]) == "r=2, lr=1, data=b"
+    assert stand_in("x", ["y", "x"]) == "x"
 
 
 def test_mistakes():

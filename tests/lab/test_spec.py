@@ -68,6 +68,31 @@ def test_a_trial_is_the_same_in_another_sweep():
     assert one.spec == other.spec
 
 
+def test_what_would_be_called_alike_is_told_apart_by_what_differs():
+    adapt = [
+        {"method": "lora", "r": 8, "targets": "q,v"},
+        {"method": "lora", "r": 4, "targets": "q,v"},
+        {"method": "dora", "targets": "q,v"},
+    ]
+    found = trials(
+        sweep(product={"adapt": [[one] for one in adapt], "data": [[{"task": "skills", "n": 8}], [{"task": "skills"}]]})
+    )
+    assert [trial.group for trial in found] == [
+        "adapt=lora (r=8), data=skills (n=8)", "adapt=lora (r=8), data=skills",
+        "adapt=lora (r=4), data=skills (n=8)", "adapt=lora (r=4), data=skills",
+        "adapt=dora, data=skills (n=8)", "adapt=dora, data=skills",
+    ]  # fmt: skip
+    cases = [
+        {"name": "A", "adapt.r": 2},
+        {"name": "A", "adapt.r": 4},
+        {"name": "B", "adapt.r": 2},
+        {"name": "A", "adapt.r": 2},
+    ]
+    assert [trial.group for trial in trials(sweep(cases=cases))] == ["A (r=2)", "A (r=4)"]
+    close = [trial.group for trial in trials(sweep(product={"optim.lr": [0.001, 0.00100000001]}))]
+    assert close == ["lr=0.001 (lr=0.001)", "lr=0.001 (lr=0.00100000001)"]
+
+
 def test_the_base_is_left_as_it_is():
     spec = sweep(product={"adapt.r": [1, 2]})
     trials(spec)

@@ -125,6 +125,15 @@ def test_only_numbers_have_edges_and_of_two_none_is_one():
     assert at_edges({**tried[0], "optim.lr": 2}, tried) == {}
 
 
+def test_groups_of_different_tasks_are_tuned_each_by_their_own_score(tmp_path, figures):
+    tasks = {"skills": "score.a.accuracy", "refusals": "score.b.perplexity"}
+    data = [[{"task": "skills"}], [{"task": "refusals"}]]
+    sweep = create(spec(product={"data": data}, tune=LR), tmp_path / "s")
+    for trial, value in zip(sweep.tuning, (1.0, 3.0, 2.0, 9.0, 8.0, 7.0), strict=True):
+        fake(sweep, trial, **{tasks[trial.spec.data[0].task]: value})
+    assert list(chosen(find(sweep.folder)).values()) == [{"optim.lr": 3e-3}, {"optim.lr": 3e-2}]
+
+
 def test_failed_tries_are_passed_over_and_a_measure_nobody_has_is_an_error(tmp_path, figures):
     sweep = create(spec(product={}, tune={**LR, "by": "score.a.f1"}), tmp_path / "s")
     for trial in sweep.tuning[:2]:

@@ -52,3 +52,48 @@ def test_proofs_that_do_not_hold_are_named(tmp_path):
     rows = table(found, "proofs")
     assert rows["base untouched, by its digest"]["exceptions"] == "r=2, seed=3; r=8, seed=3"
     assert rows["gradients in the delta alone"] == {"holds": "6", "does not": "0", "not recorded": "0", "exceptions": "—"}  # fmt: skip
+
+
+def test_tasks_that_share_no_score_are_reported_one_by_one(tmp_path):
+    """Neither scores nor losses of two tasks are compared; a part's baseline is the one that is like the sweep's."""
+    data = [[{"task": "skills"}], [{"task": "refusals"}]]
+
+    def fields(trial):
+        other = trial.spec.data[0].task == "refusals"
+        after = {"new": {"bleu4": 0.1 * trial.spec.seed + 0.01 * trial.spec.adapt[0].r}}
+        return {"scores": {"after": after, "before": after}} if other else {}
+
+    sweep = sweep_of(
+        tmp_path / "s",
+        lambda t: 4 + (t.spec.adapt[0].r > 2),
+        fields=fields,
+        product={"data": data, "adapt.r": [2, 4, 8]},
+    )
+    built = sweep_contents(sweep.folder)
+    assert [section.name for section in built.sections if section.plots] == [
+        "Which is better: own", "What it costs: own", "How they trained: own", "What changed inside: own",
+        "Which is better: new", "What it costs: new", "How they trained: new", "What changed inside: new",
+    ]  # fmt: skip
+    lines = {
+        t.name: {row[0]: dict(zip(t.head[1:], row[1:], strict=True)) for row in t.rows}
+        for section in built.sections
+        for t in section.tables
+    }
+    own, new = lines["score.own.accuracy-own"], lines["score.new.bleu4-new"]
+    assert list(own) == ["data=skills, r=2", "data=skills, r=4", "data=skills, r=8"]
+    assert {name: row["verdict"] for name, row in new.items()} == {
+        "data=refusals, r=2": "baseline", "data=refusals, r=4": "better", "data=refusals, r=8": "better",
+    }  # fmt: skip
+    assert list(lines["held_out-new"]) == list(new)
+    assert "over the 4 tests of the scores" in next(
+        t.note for s in built.sections for t in s.tables if t.name == "score.new.bleu4-new"
+    )
+    assert told(built, "best bleu4 on new").sentence.startswith("Best by bleu4 on new: data=refusals, r=8, 0.280")
+    assert (
+        "Beside the baseline data=refusals, r=2, by bleu4 on new, 2 are better"
+        in told(built, "against the baseline, new").sentence
+    )
+    assert len([plot for plot in built.plots() if plot.name.startswith("axis-")]) == 2
+    names = [panel.name for plot in built.plots() for panel in plot.panels]
+    assert len(set(names)) == len(names)
+    assert "held-out loss" in text(built)

@@ -1,6 +1,7 @@
 """`deltalab compare RUNS…`: groups of runs beside each other, with intervals over seeds and tests against a baseline."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,16 @@ def command(
 
     from deltalab.core.errors import UserError
     from deltalab.core.files import write_json
-    from deltalab.lab.compare import at_most_below, baseline_of, compare, cost_of, measures_of, pareto, runs_of
+    from deltalab.lab.compare import (
+        at_most_below,
+        baseline_of,
+        compare,
+        cost_of,
+        measures_of,
+        pareto,
+        parts_of,
+        runs_of,
+    )
 
     found = runs_of(runs)
     baseline = baseline or baseline_of(runs)
@@ -44,17 +54,21 @@ def command(
     known = measures_of(found)
     wanted = measure or [name for name in known if name.startswith("score.")] or known[:1]
     lines = compare(found, wanted, baseline)
-    for name in wanted:
-        mine = [line for line in lines if line.measure == name]
+    for name, part in product(wanted, parts_of(found)):
+        mine = [line for line in lines if line.measure == name and line.group in part]
+        if not mine:
+            continue
         print(table(name, mine))
-        if margin is not None and mine[0].group == baseline:
+        if margin is not None:
             told = {line.group: at_most_below(line, mine[0], margin) for line in mine[1:]}
             parts = [
                 f"{word}: {', '.join(who)}"
                 for word in ("shown", "open", "refuted")
                 if (who := [group for group, said in told.items() if said == word])
             ]
-            print(f"  at most {100 * margin:g} % worse than {baseline}: {'; '.join(parts) or 'nothing can be said'}")
+            print(
+                f"  at most {100 * margin:g} % worse than {mine[0].group}: {'; '.join(parts) or 'nothing can be said'}"
+            )
         for column, words in COSTS.items():
             if all(run.values.get(column) is not None for run in found):
                 print(f"  Pareto, {words}: {', '.join(pareto(mine, cost_of(found, column)))}")

@@ -8,12 +8,12 @@ A group is a setting with its seeds. What two groups share decides the test of t
     other seeds                             Welch's over seeds
 
 p-values of one comparison are corrected together (Holm 1979). A difference whose corrected p is not below α is called within
-noise, whatever its size.
+noise, whatever its size. Groups of different tasks, which share no score, are compared each with the baseline of their own.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """A group in one measure. interval: of its mean over seeds, or of one seed's examples; None where neither is known."""
+    """A group in one measure. interval: of its mean over seeds, or of one seed's examples; None where neither is known.
+
+    baseline: the group that it is compared with, itself for that one; None if nothing is compared.
+    """
 
     group: str
     measure: str
     seeds: tuple[int, ...]
     mean: float
     interval: Interval | None
+    baseline: str | None = None
     difference: Difference | None = None
 
     @property
@@ -114,7 +118,7 @@ def baseline_of(folders: Sequence[str | Path]) -> str | None:
 
 
 def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None = None) -> list[Line]:
-    """Every group in every measure, the baseline first in each; without a baseline nothing is tested.
+    """Every group in every measure, task by task, the baseline first in each; without a baseline nothing is tested.
 
     Raises: UserError for a measure or a baseline that there is not.
     """
@@ -127,16 +131,40 @@ def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None =
     for measure in measures:
         if measure not in known:
             raise UserError(f"no run has the measure '{measure}'.", nearest=nearest(measure, known) or known)
-    order = [*([baseline] if baseline else []), *(name for name in groups if name != baseline)]
-    lines = [_line(name, groups[name], measure) for measure in measures for name in order]
-    if baseline is None:
-        return lines
-    tested = [_difference(groups[line.group], groups[baseline], line.measure) if line.group != baseline else None for line in lines]  # fmt: skip
+    parts = [(stand_in(baseline, part) if baseline else None, part) for part in parts_of(runs)]
+    lines = [
+        _line(name, groups[name], measure, first)
+        for measure in measures for first, part in parts
+        if any(run.values.get(measure) is not None for group in part for run in groups[group])
+        for name in [*([first] if first else []), *(group for group in part if group != first)]
+    ]  # fmt: skip
+    tested = [_difference(groups[line.group], groups[line.baseline], line.measure) if line.baseline not in (None, line.group) else None for line in lines]  # fmt: skip
     corrected = iter(holm([d.p for d in tested if d is not None]).tolist() if any(tested) else [])
     return [
-        line if d is None else Line(line.group, line.measure, line.seeds, line.mean, line.interval, Difference(d.interval, d.how, d.p, next(corrected)))
+        line if d is None else replace(line, difference=replace(d, corrected=next(corrected)))
         for line, d in zip(lines, tested, strict=True)
     ]  # fmt: skip
+
+
+def parts_of(runs: Sequence[Run]) -> list[list[str]]:
+    """The groups in parts that have no score in common: what was tested on other tasks. Groups without a score are one part."""
+    scores: dict[str, set[str]] = {}
+    for run in runs:
+        scores.setdefault(run.group, set()).update(key for key in run.values if key.startswith("score."))
+    parts: list[tuple[list[str], set[str]]] = []
+    for group, own in scores.items():
+        joined = [part for part in parts if own & part[1] or not own | part[1]]
+        names = [name for part in joined for name in part[0]] + [group]
+        kept = [part for part in parts if part not in joined]
+        parts = [*kept, (names, own.union(*(part[1] for part in joined)))]
+    order = list(scores)
+    return sorted((sorted(names, key=order.index) for names, _ in parts), key=lambda names: order.index(names[0]))
+
+
+def stand_in(baseline: str, groups: Sequence[str]) -> str:
+    """The baseline, or where it is of another task the group whose settings are most like its own, the first of equals."""
+    settings = set(baseline.split(", "))
+    return baseline if baseline in groups else max(groups, key=lambda group: len(settings & set(group.split(", "))))
 
 
 def at_most_below(line: Line, baseline: Line, margin: float) -> str:
@@ -179,7 +207,7 @@ def cost_of(runs: Sequence[Run], column: str) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in groups.items()}
 
 
-def _line(group: str, runs: Sequence[Run], measure: str) -> Line:
+def _line(group: str, runs: Sequence[Run], measure: str, baseline: str | None) -> Line:
     there = [run for run in runs if run.values.get(measure) is not None]
     values = [float(run.values[measure]) for run in there]
     items = [run.examples(measure) for run in there]
@@ -191,7 +219,7 @@ def _line(group: str, runs: Sequence[Run], measure: str) -> Line:
     elif items and items[0] is not None and len(items[0]) > 1:
         interval = t_interval(items[0])
     mean = float(np.mean(values)) if values else math.nan
-    return Line(group, measure, tuple(run.seed for run in there), mean, interval)
+    return Line(group, measure, tuple(run.seed for run in there), mean, interval, baseline)
 
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run], measure: str) -> Difference | None:

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
@@ -149,11 +149,35 @@ def tuning_trials(spec: SweepSpec) -> list[Trial]:
 
 def _groups(spec: SweepSpec) -> Iterator[tuple[str, dict[str, Any], dict[str, list[Any]]]]:
     """Each group's name, its settings, and the values that are tried for it."""
-    for parts in itertools.product(*spec.axes()):
+    for named in itertools.product(*map(_named, spec.axes())):
+        parts = [part for _, part in named]
         settings = {key: value for part in parts for key, value in part.items() if key != TUNE}
         own = next((part[TUNE] for part in parts if TUNE in part), None)
-        name = ", ".join(filter(None, map(words, parts))) or "base"
+        name = ", ".join(filter(None, (name for name, _ in named))) or "base"
         yield name, settings, own or (spec.tune.values if spec.tune else {})
+
+
+def _named(axis: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The settings of an axis by their words; what is called alike is told apart by that in which it differs."""
+    all_ = [(words(part), dict(_leaves({key: part[key] for key in part if key not in (NAME, TUNE)}))) for part in axis]
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for name, own in all_:
+        alike.setdefault(name, []).append(own)
+    out = []
+    for part, (name, own) in zip(axis, all_, strict=True):
+        differ = [key for key in own if any(other.get(key) != own[key] for other in alike[name])]
+        told = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in differ)
+        out.append((f"{name} ({told})" if told else name, part))
+    return out
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside of lists and mappings, by its dotted path."""
+    if not isinstance(value, (dict, list)) or not value:
+        yield path, value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(part, f"{path}.{key}" if path else str(key))
 
 
 def words(part: Mapping[str, Any]) -> str:

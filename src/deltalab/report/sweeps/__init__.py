@@ -1,5 +1,6 @@
 """The report of a sweep: which group is best and how sure that is, what each costs, how it trained, what it changed."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -7,7 +8,7 @@ import yaml
 from deltalab.report.contents import Contents
 from deltalab.report.sweeps import costs, curves, inside, measures, trials
 from deltalab.report.sweeps.gather import Gathered, gather
-from deltalab.report.values import Table
+from deltalab.report.values import Section, Table, Tile
 from deltalab.report.verdicts import Told
 
 
@@ -18,13 +19,12 @@ def sweep_contents(folder: str | Path, baseline: str | None = None, measure: str
     Raises: UserError if there is no sweep, nothing is finished, or for a group or a measure that there is not.
     """
     found = gather(folder, baseline, measure)
-    sections = [measures.section(found), costs.section(found), curves.section(found), inside.section(found), trials.section(found)]  # fmt: skip
     return Contents(
         f"Sweep {found.name}",
         _subtitle(found),
         _verdicts(found),
-        [*measures.tiles(found), *costs.tiles(found), *trials.tiles(found)],
-        [section for section in sections if section],
+        [*(tile for part in found.parts for tile in _tiles(part)), *trials.tiles(found)],
+        [*(section for part in found.parts for section in _sections(part)), trials.section(found)],
         _facts(found),
         _spec(found),
         "deltalab sweep spec.yaml",
@@ -36,7 +36,30 @@ def _verdicts(found: Gathered) -> list[Told]:
     """What is best comes first, but for what a reader has to know before."""
     told, proofs = trials.verdict(found), trials.proofs(found)
     first = [one for one in (told, proofs) if one.tone in ("open", "bad")]
-    return [*first, *measures.verdicts(found), *(one for one in (told, proofs) if one not in first)]
+    best = [one for part in found.parts for one in measures.verdicts(part)]
+    return [*first, *best, *(one for one in (told, proofs) if one not in first)]
+
+
+def _sections(part: Gathered) -> list[Section]:
+    """What is said of a part; where a sweep has several, each has its own names."""
+    made = [section(part) for section in (measures.section, costs.section, curves.section, inside.section)]
+    there = [section for section in made if section]
+    return [_called(section, part.task) for section in there] if part.task else there
+
+
+def _called(section: Section, task: str) -> Section:
+    tag = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")
+    plots = [
+        plot._replace(name=f"{plot.name}-{tag}", panels=[panel._replace(name=f"{panel.name}-{tag}") for panel in plot.panels])
+        for plot in section.plots
+    ]  # fmt: skip
+    tables = [table._replace(name=f"{table.name}-{tag}") for table in section.tables]
+    return Section(f"{section.id}-{tag}", f"{section.name}: {task}", plots, tables)
+
+
+def _tiles(part: Gathered) -> list[Tile]:
+    tiles = [*measures.tiles(part), *costs.tiles(part)]
+    return [tile._replace(label=f"{tile.label}, {part.task}") for tile in tiles] if part.task else tiles
 
 
 def _subtitle(found: Gathered) -> str:

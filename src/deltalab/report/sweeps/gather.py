@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.records import read_record
-from deltalab.lab.compare import Line, Run, compare, measures_of
+from deltalab.lab.compare import Line, Run, compare, measures_of, parts_of, stand_in
 from deltalab.lab.rows import rises
 from deltalab.lab.spec import SweepSpec, Trial, words
 from deltalab.lab.table import examples, row
@@ -39,13 +39,12 @@ class One:
 
 
 class Tuning(NamedTuple):
-    """measure: that choices are made by. rows: (group, what was tried, its mean, "chosen" or nothing). waiting: groups without a choice.
+    """rows: (group, what was tried, the measure that the choice is by, its mean, "chosen" or nothing). waiting: groups without a choice.
 
     edge: groups whose choice is the lowest or the highest of what was tried, which "chosen" then says as well.
     """
 
-    measure: str
-    rows: list[tuple[str, str, float, str]]
+    rows: list[tuple[str, str, str, float, str]]
     waiting: list[str]
     edge: list[str]
 
@@ -55,7 +54,9 @@ class Gathered:
     """A sweep and what came of it. groups: those with a finished trial, in the sweep's order.
 
     main: the measure that groups are ranked by. lines: measure -> a line a group, tested against the baseline, which is first.
-    note: what a reader has to know of the baseline; mostly nothing. tuning: of a sweep that is tuned.
+    tests: measure -> the number of tests that its p-values were corrected over, those of all scores, or of the losses.
+    note: what a reader has to know of the baseline; mostly nothing. tuning: of a sweep that is tuned. parts: the same for the groups
+    of each task, where several share no score; no groups of two tasks are compared. task: which that is, of a part.
     """
 
     name: str
@@ -67,8 +68,11 @@ class Gathered:
     baseline: str
     main: str
     lines: Mapping[str, Sequence[Line]]
+    tests: Mapping[str, int]
     note: str = ""
     tuning: Tuning | None = None
+    task: str = ""
+    parts: "Sequence[Gathered]" = ()
 
     @property
     def done(self) -> list[One]:
@@ -154,7 +158,6 @@ def gather(folder: str | Path, baseline: str | None = None, measure: str | None 
     runs = [one.run for group in groups.values() for one in group]
     against, note = _baseline(sweep.spec, list(groups), baseline)
     known = measures_of(runs)
-    scores = [name for name in known if name not in LOSSES]
     if not any(math.isfinite(value) for run in runs for name in known if (value := run.values.get(name)) is not None):
         raise UserError(
             f"no finished trial of the sweep in '{folder}' has a score or a loss.",
@@ -162,31 +165,52 @@ def gather(folder: str | Path, baseline: str | None = None, measure: str | None 
         )
     if measure is not None and measure not in known:
         raise UserError(f"no run has the measure '{measure}'.", nearest=nearest(measure, known) or known)
-    main = measure or known[0]
+    parts = {tuple(part): measures_of([run for run in runs if run.group in part]) for part in parts_of(runs)}
+    mains = {part: measure if measure in own else own[0] for part, own in parts.items()}
     # scores are corrected together, as `deltalab compare` does with them; the losses, which say the same again, apart
-    families = [scores, [name for name in known if name == "held_out" or (name == main and name not in scores)]]
-    found = [line for family in families if family for line in compare(runs, family, against)]
-    lines = {name: [line for line in found if line.measure == name] for name in dict.fromkeys(line.measure for line in found)}  # fmt: skip
+    losses = [name for name in known if name in LOSSES and (name == "held_out" or name in mains.values())]
+    families = [[name for name in known if name not in LOSSES], losses]
+    lines: list[Line] = []
+    tests: dict[str, int] = {}
+    for family in families:
+        some = compare(runs, family, against) if family else []
+        tests |= dict.fromkeys(family, sum(line.difference is not None for line in some))
+        lines += some
     failed = {t.id: str(failure(sweep, t)["error"]) for t in sweep.trials if states[t.id] == "failed"}
     name = Path(folder).resolve().name
-    return Gathered(name, sweep.spec, sweep.trials, states, failed, groups, against, main, lines, note, _tuning(sweep))
+    whole = Gathered(name, sweep.spec, sweep.trials, states, failed, groups, against, measure or known[0], _by_measure(lines), tests, note, _tuning(sweep))  # fmt: skip
+    return replace(
+        whole, parts=[_part(whole, part, mains[part], lines) for part in parts] if len(parts) > 1 else [whole]
+    )
+
+
+def _by_measure(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    return {name: [line for line in lines if line.measure == name] for name in dict.fromkeys(line.measure for line in lines)}  # fmt: skip
+
+
+def _part(whole: Gathered, groups: Sequence[str], main: str, lines: Sequence[Line]) -> Gathered:
+    """What is of these groups."""
+    own = {group: whole.groups[group] for group in groups}
+    scores = [name for some in own.values() for name in some[0].run.values if name.startswith("score.")]
+    tasks = [name.removeprefix("score.").rpartition(".")[0] for name in scores] or ["no score"]
+    return replace(whole, groups=own, baseline=stand_in(whole.baseline, groups), main=main, task=", ".join(dict.fromkeys(tasks)),
+                   lines=_by_measure([line for line in lines if line.group in own]))  # fmt: skip
 
 
 def _tuning(sweep: Sweep) -> Tuning | None:
     if not sweep.tuning:
         return None
-    by, means = tried(sweep)
     best = chosen(sweep)
     rows, edge = [], []
-    for group, values in means.items():
-        settings = [json.loads(key) for key in values]
+    for group, found in tried(sweep).items():
+        settings = [json.loads(key) for key in found.means]
         ends = at_edges(best.get(group, {}), settings) if sweep.spec.tune else {}
         edge += [group] * bool(ends)
         note = f"chosen, the {' and '.join(dict.fromkeys(ends.values()))}" if ends else "chosen"
-        rows += [(group, words(setting), value[0], note if best.get(group) == setting else "")
-                 for setting, value in zip(settings, values.values(), strict=True)]  # fmt: skip
+        rows += [(group, words(setting), found.by, value, note if best.get(group) == setting else "")
+                 for setting, (value, _) in zip(settings, found.means.values(), strict=True)]  # fmt: skip
     waiting = dict.fromkeys(trial.group for trial in sweep.tuning if trial.group not in best)
-    return Tuning(by, rows, list(waiting), edge)
+    return Tuning(rows, list(waiting), edge)
 
 
 def measure_name(measure: str) -> str:

@@ -49,7 +49,7 @@ def _best(found: Gathered) -> Told:
         sentence += " One seed: how another training would come out is not measured."
         if line.interval:
             sentence += " The interval is over its examples alone."
-    sentence += _holm(others)
+    sentence += _holm(sum(other.difference is not None for other in others))
     numbers = {"kind": "measures", "tone": "fact", "measure": found.main, "group": line.group, "mean": line.mean, "interval": line.interval,
                "others": [_plain(other) for other in others]}  # fmt: skip
     return Told(f"best {measure_name(found.main)}", "", line.group, sentence, numbers)
@@ -72,13 +72,14 @@ def _baseline(found: Gathered) -> Told:
     lines = [line for line in found.ranked if line.group != found.baseline]
     parts = _parts(lines, ("better", "worse", "within noise", ""))
     sentence = f"Beside the baseline {found.baseline}, by {measure_name(found.main)}, {', '.join(parts)}."
-    sentence += _holm([line for measure in _family(found, found.main) for line in found.lines[measure]])
+    sentence += _holm(found.tests[found.main])
     counts = Counter(line.verdict() or "not tested" for line in lines)
     outcome = ", ".join(
         f"{counts[word]} {word}" for word in ("better", "worse", "within noise", "not tested") if counts[word]
     )
     tone = "good" if counts["better"] else "open"
-    return Told("against the baseline", "", outcome, sentence, {"kind": "measures", "tone": tone, "baseline": found.baseline, "lines": [_plain(line) for line in lines]})  # fmt: skip
+    name = f"against the baseline{f', {found.task}' * bool(found.task)}"
+    return Told(name, "", outcome, sentence, {"kind": "measures", "tone": tone, "baseline": found.baseline, "lines": [_plain(line) for line in lines]})  # fmt: skip
 
 
 def _parts(lines: Sequence[Line], order: Sequence[str], of: str = "") -> list[str]:
@@ -143,13 +144,7 @@ def _seeds(line: Line) -> str:
     return f"{len(line.seeds)} seeds" if len(line.seeds) > 1 else "one seed"
 
 
-def _family(found: Gathered, measure: str) -> list[str]:
-    """The measures whose p-values were corrected together."""
-    return [name for name in found.lines if (name in LOSSES) is (measure in LOSSES)]
-
-
-def _holm(lines: Sequence[Line]) -> str:
-    tests = sum(line.difference is not None for line in lines)
+def _holm(tests: int) -> str:
     return f" Adjusted by Holm over {tests} tests." if tests > 1 else ""
 
 
@@ -173,8 +168,7 @@ def _table(found: Gathered, measure: str) -> Table:
     better = "More" if lines[0].rises else "Less"
     note = f"{better} is better."
     if tested:
-        tests = sum(line.difference is not None for name in _family(found, measure) for line in found.lines[name])
-        note += f" Differences are to {found.baseline}; p-values are corrected over the {tests} tests of {'the scores' if measure not in LOSSES else 'losses'}, α\u00a0=\u00a0{ALPHA}."  # fmt: skip
+        note += f" Differences are to {found.baseline}; p-values are corrected over the {found.tests[measure]} tests of {'the scores' if measure not in LOSSES else 'losses'}, α\u00a0=\u00a0{ALPHA}."  # fmt: skip
     note += _error(lines, found)
     return Table(measure, capital(unit(measure)), tuple(head[:columns]), rows, note, folded=len(rows) > LONG and measure != found.main)  # fmt: skip
 
@@ -234,6 +228,8 @@ def numeric_axis(found: Gathered) -> tuple[str, dict[str, float]]:
     Settings that go together (r and alpha of a zip) are one axis, called by the first.
     """
     axes = [axis for axis in found.spec.axes() if len(axis) > 1]
+    if found.task:  # what tells the parts of a sweep from each other varies in none of them
+        axes = [axis for axis in axes if not all(key.partition(".")[0] == "data" for part in axis for key in part)]
     if len(axes) != 1:
         return "", {}
     for key in (key for key in axes[0][0] if key not in (NAME, TUNE)):

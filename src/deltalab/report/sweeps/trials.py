@@ -26,9 +26,12 @@ def _tuned(found: Gathered) -> list[Table]:
     """What was tried for each group, and what was chosen."""
     if found.tuning is None:
         return []
-    rows = [(group, tried, number(value), note) for group, tried, value, note in found.tuning.rows]
     note = "On a part of the training data that was held out; the trials that are reported ran with what was chosen."
-    head = ("", "tried", measure_name(found.tuning.measure), "")
+    by = list(dict.fromkeys(measure_name(row[2]) for row in found.tuning.rows))
+    rows: list[tuple[str, ...]] = [(group, tried, measure_name(measure), number(value), said) for group, tried, measure, value, said in found.tuning.rows]  # fmt: skip
+    head: tuple[str, ...] = ("", "tried", "by", "mean", "")
+    if len(by) == 1:
+        head, rows = ("", "tried", by[0], ""), [(*row[:2], *row[3:]) for row in rows]
     return [Table("tuning", "What was tuned, on validation data", head, rows, note, folded=len(rows) > LONG)]
 
 
