@@ -150,10 +150,14 @@ def test_full_tuning_leaves_the_base_to_be_restored_and_a_touched_base_is_found(
 
 
 def test_validation_is_a_part_of_the_training_data_and_never_the_test_data(tmp_path):
-    task = {"test_path": str(tmp_path / "is-not-there.jsonl")}
     spec = plan(tmp_path, validation=0.25)
-    spec = spec.but(data=[{**spec.plain()["data"][0], **task}])
+    task = {**spec.plain()["data"][0], "test_path": str(tmp_path / "test.jsonl")}
+    spec = spec.but(data=[task])
+    with pytest.raises(UserError, match=r"test\.jsonl"):  # told before anything is tuned, rather than after
+        read_parts(spec)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "of the test data", "a": "odd"}))
     (part,) = read_parts(spec)
+    assert "of the test data" not in {c.messages[0]["content"] for c in part.train + part.test}
     whole = spec.data[0].train()
     assert len(part.test) == 5
     assert sorted(map(repr, part.train + part.test)) == sorted(map(repr, whole))

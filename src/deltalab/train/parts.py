@@ -48,8 +48,9 @@ def _part(task: Task, tag: str, validation: float) -> Part:
     train = task.train()
     if isinstance(task, LMEvalTask):
         return Part(tag, task, [], [], validation > 0)
+    test = task.test()  # with validation read for its faults alone, which would else come to light after the tuning
     if not validation:
-        return Part(tag, task, train, task.test())
+        return Part(tag, task, train, test)
     of = [c.meta.get("same") or repr(c.messages) for c in train]
     groups = sorted(set(of))
     n = round(validation * len(groups))
