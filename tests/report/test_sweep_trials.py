@@ -18,7 +18,7 @@ def test_a_choice_at_the_end_of_what_was_tried_is_named(tmp_path):
         ("lr=0.001", "0.5", ""), ("lr=0.01", "0.6", "chosen"), ("lr=0.1", "0.5", ""),
         ("lr=0.001", "0.6", "chosen, the lowest"), ("lr=0.01", "0.5", ""), ("lr=0.1", "0.5", ""),
     ]  # fmt: skip
-    assert "a wider range may do better: r=2, r=8." in told(contents, "trials").sentence
+    assert "a wider range may do better: r=2; r=8." in told(contents, "trials").sentence
 
 
 def test_failed_and_waiting_trials_are_told(tmp_path):
@@ -80,20 +80,22 @@ def test_tasks_that_share_no_score_are_reported_one_by_one(tmp_path):
         for t in section.tables
     }
     own, new = lines["score.own.accuracy-own"], lines["score.new.bleu4-new"]
-    assert list(own) == ["data=skills, r=2", "data=skills, r=4", "data=skills, r=8"]
+    assert list(own) == ["r=2", "r=4", "r=8"]
     assert {name: row["verdict"] for name, row in new.items()} == {
-        "data=refusals, r=2": "baseline", "data=refusals, r=4": "better", "data=refusals, r=8": "better",
+        "r=2": "baseline", "r=4": "better", "r=8": "better",
     }  # fmt: skip
     assert list(lines["held_out-new"]) == list(new)
     assert "over the 4 tests of the scores" in next(
         t.note for s in built.sections for t in s.tables if t.name == "score.new.bleu4-new"
     )
-    assert told(built, "best bleu4 on new").sentence.startswith("Best by bleu4 on new: data=refusals, r=8, 0.280")
-    assert (
-        "Beside the baseline data=refusals, r=2, by bleu4 on new, 2 are better"
-        in told(built, "against the baseline, new").sentence
-    )
+    assert told(built, "best bleu4 on new").sentence.startswith("Best by bleu4 on new: r=8, 0.280")
+    assert "Beside the baseline r=2, by bleu4 on new, 2 are better" in told(built, "against the baseline, new").sentence
     assert len([plot for plot in built.plots() if plot.name.startswith("axis-")]) == 2
     names = [panel.name for plot in built.plots() for panel in plot.panels]
     assert len(set(names)) == len(names)
     assert "held-out loss" in text(built)
+
+
+def test_equal_means_have_no_best(tmp_path):
+    built = sweep_contents(sweep_of(tmp_path / "s", lambda _: 5).folder)
+    assert told(built, "best accuracy on own").sentence == "All 2 groups have the same accuracy on own: 0.500."

@@ -12,6 +12,7 @@ noise, whatever its size. Groups of different tasks, which share no score, are c
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from deltalab.core.errors import UserError, nearest
 from deltalab.core.records import read_record
 from deltalab.core.spec import digest
 from deltalab.core.stats import Estimate, Interval, crossed, holm, share_interval, student, t_interval
-from deltalab.lab.rows import rises, row_of
+from deltalab.lab.rows import OF_DATA, rises, row_of
 from deltalab.lab.table import examples, examples_in, row
 from deltalab.lab.trials import find
 
@@ -163,8 +164,13 @@ def parts_of(runs: Sequence[Run]) -> list[list[str]]:
 
 def stand_in(baseline: str, groups: Sequence[str]) -> str:
     """The baseline, or where it is of another task the group whose settings are most like its own, the first of equals."""
-    settings = set(baseline.split(", "))
-    return baseline if baseline in groups else max(groups, key=lambda group: len(settings & set(group.split(", "))))
+    own = set(settings_in(baseline))
+    return baseline if baseline in groups else max(groups, key=lambda group: len(own & set(settings_in(group))))
+
+
+def settings_in(group: str) -> list[str]:
+    """The settings that a group's name is made of: what its commas part, but for those in brackets."""
+    return re.split(r", (?![^()]*\))", group)
 
 
 def at_most_below(line: Line, baseline: Line, margin: float) -> str:
@@ -184,7 +190,7 @@ def at_most_below(line: Line, baseline: Line, margin: float) -> str:
 def measures_of(runs: Sequence[Run]) -> list[str]:
     """Names of what the runs measured: scores first, then losses."""
     names = dict.fromkeys(key for run in runs for key, value in run.values.items() if isinstance(value, float))
-    scores = [name for name in names if name.startswith("score.")]
+    scores = [name for name in names if name.startswith("score.") and not name.endswith(OF_DATA)]
     return [*scores, *(name for name in ("held_out", "loss") if name in names)]
 
 

@@ -6,6 +6,9 @@ from typing import Any
 FALLING = ("loss", "perplexity", "held_out", "bits_per_byte", "brier_score", ".ter", ".wer")
 """Ends of the names of measures of which less is better."""
 
+OF_DATA = (".unchanged_bleu4",)
+"""Ends of the names of scores that no model has a part in; they stand in tables and are not compared."""
+
 
 def rises(measure: str) -> bool:
     """Whether more of a measure is better."""

@@ -59,7 +59,7 @@ def _called(section: Section, task: str) -> Section:
 
 def _tiles(part: Gathered) -> list[Tile]:
     tiles = [*measures.tiles(part), *costs.tiles(part)]
-    return [tile._replace(label=f"{tile.label}, {part.task}") for tile in tiles] if part.task else tiles
+    return [tile if part.task in tile.label else tile._replace(label=f"{tile.label}, {part.task}") for tile in tiles]
 
 
 def _subtitle(found: Gathered) -> str:

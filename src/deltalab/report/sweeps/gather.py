@@ -13,7 +13,7 @@ import numpy as np
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.records import read_record
-from deltalab.lab.compare import Line, Run, compare, measures_of, parts_of, stand_in
+from deltalab.lab.compare import Line, Run, compare, measures_of, parts_of, settings_in, stand_in
 from deltalab.lab.rows import rises
 from deltalab.lab.spec import SweepSpec, Trial, words
 from deltalab.lab.table import examples, row
@@ -189,12 +189,17 @@ def _by_measure(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def _part(whole: Gathered, groups: Sequence[str], main: str, lines: Sequence[Line]) -> Gathered:
-    """What is of these groups."""
-    own = {group: whole.groups[group] for group in groups}
+    """What is of these groups, by shorter names: without the settings that all of them have and no other group has."""
+    others = {setting for group in whole.groups if group not in groups for setting in settings_in(group)}
+    common = set.intersection(*(set(settings_in(group)) for group in groups)) - others
+    short = {group: ", ".join(one for one in settings_in(group) if one not in common) or group for group in groups}
+    own = {short[group]: [replace(one, run=replace(one.run, group=short[group])) for one in whole.groups[group]] for group in groups}  # fmt: skip
     scores = [name for some in own.values() for name in some[0].run.values if name.startswith("score.")]
     tasks = [name.removeprefix("score.").rpartition(".")[0] for name in scores] or ["no score"]
-    return replace(whole, groups=own, baseline=stand_in(whole.baseline, groups), main=main, task=", ".join(dict.fromkeys(tasks)),
-                   lines=_by_measure([line for line in lines if line.group in own]))  # fmt: skip
+    first = stand_in(whole.baseline, groups)
+    renamed = [replace(line, group=short[line.group], baseline=short[first]) for line in lines if line.group in short]
+    trials = [replace(trial, group=short[trial.group]) for trial in whole.trials if trial.group in short]
+    return replace(whole, trials=trials, groups=own, baseline=short[first], main=main, task=", ".join(dict.fromkeys(tasks)), lines=_by_measure(renamed))  # fmt: skip
 
 
 def _tuning(sweep: Sweep) -> Tuning | None:

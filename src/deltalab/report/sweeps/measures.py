@@ -41,6 +41,9 @@ def verdicts(found: Gathered) -> list[Told]:
 
 def _best(found: Gathered) -> Told:
     line, others = found.ranked[0], found.to_best
+    if others and len({other.mean for other in found.ranked}) == 1:
+        sentence = f"All {len(found.ranked)} groups have the same {measure_name(found.main)}: {fixed(line.mean)}."
+        return Told(f"best {measure_name(found.main)}", "", "all alike", sentence, {"kind": "measures", "tone": "fact", "measure": found.main, "mean": line.mean})  # fmt: skip
     sentence = f"Best by {measure_name(found.main)}: {line.group}, {fixed(line.mean)}{_limits(line)} ({_seeds(line)}). "
     sentence += _others(others) if others else "There is no other group to compare it with."
     if others and any(other.difference for other in others):

@@ -61,7 +61,7 @@ def verdict(found: Gathered) -> Told:
 
 def _few(names: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return "; ".join(names[:NAMED]) + (f"; and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def proofs(found: Gathered) -> Told:
@@ -74,7 +74,7 @@ def proofs(found: Gathered) -> Told:
             sentence.append(f"{words}: {holds} of {holds + len(fails)}")
             broken += len(fails)
             if fails:
-                sentence[-1] += f" (not: {'; '.join(fails[:NAMED])}{f'; and {len(fails) - NAMED} more' if len(fails) > NAMED else ''})"  # fmt: skip
+                sentence[-1] += f" (not: {_few(fails)})"
     if not known:
         return Told("proofs", "", "not recorded", "The records say nothing of whether the base was left untouched.", {"kind": "trials", "tone": "open"})  # fmt: skip
     outcome = "all hold" if not broken else f"{broken} broken"
