@@ -78,7 +78,7 @@ def section(found: Gathered) -> Section:
 def tiles(found: Gathered) -> list[Tile]:
     """How little the best trains."""
     factor, trained = found.mean(found.best, "trained_factor"), found.mean(found.best, "trained")
-    if factor is None or trained is None or factor <= 1:
+    if found.alike or factor is None or trained is None or factor <= 1:
         return []
     return [Tile("The best trains", f"{number(factor)}× fewer", f"{trained:,.0f} parameters, {number(100 / factor)} % of the model")]  # fmt: skip
 

@@ -110,6 +110,11 @@ class Gathered:
         """The group with the best mean of the main measure."""
         return self.ranked[0].group
 
+    @property
+    def alike(self) -> bool:
+        """Whether several groups have one and the same mean of the main measure, so that none is best."""
+        return len(self.ranked) > 1 and len({line.mean for line in self.ranked}) == 1
+
     @cached_property
     def to_best(self) -> list[Line]:
         """The other groups' lines of the main measure, tested against the best."""

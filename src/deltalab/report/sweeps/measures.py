@@ -41,7 +41,7 @@ def verdicts(found: Gathered) -> list[Told]:
 
 def _best(found: Gathered) -> Told:
     line, others = found.ranked[0], found.to_best
-    if others and len({other.mean for other in found.ranked}) == 1:
+    if found.alike:
         sentence = f"All {len(found.ranked)} groups have the same {measure_name(found.main)}: {fixed(line.mean)}."
         return Told(f"best {measure_name(found.main)}", "", "all alike", sentence, {"kind": "measures", "tone": "fact", "measure": found.main, "mean": line.mean})  # fmt: skip
     sentence = f"Best by {measure_name(found.main)}: {line.group}, {fixed(line.mean)}{_limits(line)} ({_seeds(line)}). "
@@ -102,6 +102,8 @@ def _parts(lines: Sequence[Line], order: Sequence[str], of: str = "") -> list[st
 def tiles(found: Gathered) -> list[Tile]:
     """The best, and the cheapest that is as good as far as the data tell."""
     line = found.ranked[0]
+    if found.alike:
+        return []
     out = [Tile(capital(f"best {measure_name(found.main)}"), fixed(line.mean), f"{line.group}{';' * bool(line.interval)}{_limits(line)}")]  # fmt: skip
     near = [found.best, *(other.group for other in found.to_best if other.verdict() == "within noise")]
     sizes = {group: found.mean(group, "trained") for group in near}
