@@ -99,6 +99,13 @@ def test_the_front():
     lines = compare([*runs("small", [0.7]), *runs("big", [0.9]), *runs("waste", [0.8]), *runs("twin", [0.9])], [ACC])
     costs = {"small": 1.0, "big": 10.0, "waste": 20.0, "twin": 10.0}
     assert pareto(lines, costs) == ["small", "big", "twin"]
+    more = [
+        *runs("small", [0.7]),
+        *runs("big", [0.9]),
+        *runs("dearer", [0.9]),
+        *runs("poorer", [0.8]),
+    ]  # alike in one of both
+    assert pareto(compare(more, [ACC]), {"small": 1.0, "big": 10.0, "dearer": 11.0, "poorer": 10.0}) == ["small", "big"]
     falling = compare([*runs("small", [0.7]), *runs("big", [0.9]), *runs("waste", [0.8])], ["loss"])
     assert pareto(falling, {"small": 1.0, "big": 10.0, "waste": 20.0}) == ["small", "big"]
 
