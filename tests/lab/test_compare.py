@@ -146,6 +146,12 @@ def test_a_score_in_common_joins_tasks_and_groups_without_one_stand_apart():
     assert stand_in("x", ["y", "x"]) == "x"
 
 
+def test_a_seed_that_diverged_is_left_out():
+    _, other = compare([*runs("a", [0.5, 0.6, 0.55]), *runs("b", [0.7, float("nan"), 0.69])], [ACC], "a")
+    assert (other.seeds, other.mean) == ((0, 2), pytest.approx(0.695))
+    assert other.difference.p == pytest.approx(sps.ttest_rel([0.7, 0.69], [0.5, 0.55]).pvalue)
+
+
 def test_mistakes():
     there = runs("one", [0.5])
     said(lambda: compare(there, [ACC], "on"), "no group is called 'on'", "one")

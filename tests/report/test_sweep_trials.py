@@ -1,5 +1,7 @@
 """The trials of a sweep's report: what was tuned, what failed, what they prove."""
 
+import math
+
 from deltalab.report.sweeps import sweep_contents
 from deltalab.report.text import text
 from tests.report.made_up import sweep_of, table, told
@@ -93,7 +95,25 @@ def test_tasks_that_share_no_score_are_reported_one_by_one(tmp_path):
     assert len([plot for plot in built.plots() if plot.name.startswith("axis-")]) == 2
     names = [panel.name for plot in built.plots() for panel in plot.panels]
     assert len(set(names)) == len(names)
-    assert "held-out loss" in text(built)
+    assert "What it costs: new\n------------------" in text(built)
+
+
+def test_a_task_of_which_nothing_is_a_number_is_left_to_the_trials(tmp_path):
+    data = [[{"task": "skills"}], [{"task": "refusals"}]]
+    nan = {
+        "scores": {"before": {"new": {"bleu4": 0.1}}, "after": {"new": {"bleu4": math.nan}}},
+        "result": {"loss": [3.0, math.nan], "held_out": [3.0, math.nan]},
+    }
+    built = sweep_contents(
+        sweep_of(
+            tmp_path / "s",
+            lambda _: 5,
+            fields=lambda t: nan if t.spec.data[0].task == "refusals" else {},
+            product={"data": data},
+        ).folder
+    )
+    assert {section.name.partition(": ")[2] for section in built.sections} == {"own", ""}
+    assert "6 of 6 trials are finished" in told(built, "trials").sentence
 
 
 def test_equal_means_have_no_best(tmp_path):

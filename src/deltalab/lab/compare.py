@@ -136,7 +136,7 @@ def compare(runs: Sequence[Run], measures: Sequence[str], baseline: str | None =
     lines = [
         _line(name, groups[name], measure, first)
         for measure in measures for first, part in parts
-        if any(run.values.get(measure) is not None for group in part for run in groups[group])
+        if any(_known(run, measure) for group in part for run in groups[group])
         for name in [*([first] if first else []), *(group for group in part if group != first)]
     ]  # fmt: skip
     tested = [_difference(groups[line.group], groups[line.baseline], line.measure) if line.baseline not in (None, line.group) else None for line in lines]  # fmt: skip
@@ -213,8 +213,14 @@ def cost_of(runs: Sequence[Run], column: str) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in groups.items()}
 
 
+def _known(run: Run, measure: str) -> bool:
+    """Whether a run has a number of it; a run that diverged may not."""
+    value = run.values.get(measure)
+    return value is not None and math.isfinite(value)
+
+
 def _line(group: str, runs: Sequence[Run], measure: str, baseline: str | None) -> Line:
-    there = [run for run in runs if run.values.get(measure) is not None]
+    there = [run for run in runs if _known(run, measure)]
     values = [float(run.values[measure]) for run in there]
     items = [run.examples(measure) for run in there]
     interval: Interval | None = None
@@ -230,7 +236,7 @@ def _line(group: str, runs: Sequence[Run], measure: str, baseline: str | None) -
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run], measure: str) -> Difference | None:
     """The test that what the groups share allows; None where there is nothing to tell a difference from."""
-    ours, theirs = ({run.seed: run for run in group if run.values.get(measure) is not None} for group in (runs, baseline))  # fmt: skip
+    ours, theirs = ({run.seed: run for run in group if _known(run, measure)} for group in (runs, baseline))
     seeds = [seed for seed in ours if seed in theirs]
     pairs = [(ours[seed].examples(measure), theirs[seed].examples(measure)) for seed in seeds]
     lengths = {len(kept) for pair in pairs for kept in pair if kept is not None}

@@ -162,16 +162,16 @@ def gather(folder: str | Path, baseline: str | None = None, measure: str | None 
         raise UserError(f"the sweep in '{folder}' has no finished trial to report on.", found=told, next=f"deltalab sweep {folder} --status")  # fmt: skip
     runs = [one.run for group in groups.values() for one in group]
     against, note = _baseline(sweep.spec, list(groups), baseline)
-    known = measures_of(runs)
-    if not any(math.isfinite(value) for run in runs for name in known if (value := run.values.get(name)) is not None):
+    known = _measured(runs)
+    if not known:
         raise UserError(
             f"no finished trial of the sweep in '{folder}' has a score or a loss.",
             next="look at curves/train.jsonl of its trials: did they diverge?",
         )
     if measure is not None and measure not in known:
         raise UserError(f"no run has the measure '{measure}'.", nearest=nearest(measure, known) or known)
-    parts = {tuple(part): measures_of([run for run in runs if run.group in part]) for part in parts_of(runs)}
-    mains = {part: measure if measure in own else own[0] for part, own in parts.items()}
+    parts = {tuple(part): _measured([run for run in runs if run.group in part]) for part in parts_of(runs)}
+    mains = {part: measure if measure in own else own[0] for part, own in parts.items() if own}
     # scores are corrected together, as `deltalab compare` does with them; the losses, which say the same again, apart
     losses = [name for name in known if name in LOSSES and (name == "held_out" or name in mains.values())]
     families = [[name for name in known if name not in LOSSES], losses]
@@ -185,8 +185,13 @@ def gather(folder: str | Path, baseline: str | None = None, measure: str | None 
     name = Path(folder).resolve().name
     whole = Gathered(name, sweep.spec, sweep.trials, states, failed, groups, against, measure or known[0], _by_measure(lines), tests, note, _tuning(sweep))  # fmt: skip
     return replace(
-        whole, parts=[_part(whole, part, mains[part], lines) for part in parts] if len(parts) > 1 else [whole]
+        whole, parts=[_part(whole, part, main, lines) for part, main in mains.items()] if len(parts) > 1 else [whole]
     )
+
+
+def _measured(runs: Sequence[Run]) -> list[str]:
+    """The measures that a run has a number of; one that diverged everywhere has none."""
+    return [name for name in measures_of(runs) if any(math.isfinite(value) for run in runs if (value := run.values.get(name)) is not None)]  # fmt: skip
 
 
 def _by_measure(lines: Sequence[Line]) -> dict[str, list[Line]]:
