@@ -18,6 +18,7 @@ from torch import nn
 
 from deltalab.core.errors import UserError, nearest
 from deltalab.core.files import read_json
+from deltalab.core.memory import keep_few_kernels
 from deltalab.deltas import adapt as deltas
 from deltalab.deltas.masks import Train
 from deltalab.deltas.quantise import quantise
@@ -62,6 +63,7 @@ def load(
     cannot be reached, the model is bfloat16 where nothing here computes in it, it cannot be quantised so or is quantised in
     a way that is not read, or as `deltalab.adapt`.
     """
+    keep_few_kernels()
     name = str(name)
     wanted, how = _dtype(dtype), None if quantize is None else quantiser(quantize, group_size)
     if how is None and group_size is not None:
