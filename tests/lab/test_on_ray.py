@@ -1,19 +1,20 @@
 """A sweep on a local Ray cluster: the same records, also where a worker is killed."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from deltalab.core.spec import build
-from deltalab.lab import on_ray
-from deltalab.lab.on_ray import Resources, run_on_ray
+from deltalab.lab import on_ray, search
+from deltalab.lab.on_ray import Resources, run_on_ray, search_on_ray
 from deltalab.lab.spec import SweepSpec
-from deltalab.lab.trials import create, failure, work
+from deltalab.lab.trials import create, failure, find, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import plan, results, spec
 
@@ -55,20 +56,57 @@ def test_a_killed_worker_is_replaced_and_goes_on(tmp_path):
     fields = {"base": base, "product": {}, "seeds": [1, 2, 3]}
     calm = create(build(SweepSpec, plan(**fields)), tmp_path / "calm")
     work(calm, calm.trials)
-    sweep, killed = create(build(SweepSpec, plan(**fields)), tmp_path / "ray"), []
+    sweep = create(build(SweepSpec, plan(**fields)), tmp_path / "ray")
+    with a_kill(sweep) as killed:
+        run_on_ray(sweep, sweep.trials, Resources(), say=lambda line: None)
+    assert killed
+    assert results(tmp_path / "ray") == results(tmp_path / "calm")
+
+
+@contextlib.contextmanager
+def a_kill(sweep):
+    """A worker is killed when a trial has a checkpoint; the list has its process then."""
+    killed, over = [], threading.Event()
 
     def kill():
-        while not killed:
+        while not killed and not over.wait(0.05):
             if list(sweep.folder.glob("trials/*/checkpoints/*")):
                 killed.extend(running()[:1])
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
 
-    threading.Thread(target=kill, daemon=True).start()
-    run_on_ray(sweep, sweep.trials, Resources(), say=lambda line: None)
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    yield killed
+    over.set()
+    thread.join()
+
+
+def test_a_search_with_a_killed_worker_is_that_of_this_process(tmp_path):
+    base = {**plan()["base"], "optim": {"steps": 60, "batch": 4}, "run": {"checkpoint_every": 10}}
+    fields = {"space": {"optim.lr": [0.001, 0.01, 0.03]}, "trials": 9, "sampler": "grid", "pruner": "none"}
+    made = [create(spec(base=base, product={}, search=fields), tmp_path / name) for name in ("here", "ray")]
+    search.work(made[0])
+    lines = []
+    with a_kill(made[1]) as killed:
+        search_on_ray(made[1], Resources(), say=lines.append)
     assert killed
-    assert results(tmp_path / "ray") == results(tmp_path / "calm")
+    here, there = (find(tmp_path / name) for name in ("here", "ray"))
+    assert results(there.folder) == results(here.folder)
+    assert len(results(there.folder)) == 5  # three settings, and the best with two seeds
+    assert sorted(lines) == sorted(f"finished: {trial.label}" for trial in there.all)
+    search_on_ray(there, Resources(), say=lambda line: pytest.fail(f"again: {line}"))
+
+
+def test_a_search_prunes_on_ray(tmp_path):
+    base = {**plan()["base"], "eval": {"every": 2}}
+    space = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+    fields = {"space": space, "trials": 6, "pruner": "halving", "then": False}
+    sweep, lines = create(spec(base=base, product={}, search=fields), tmp_path / "s"), []
+    search_on_ray(sweep, Resources(cpus=2), say=lines.append)  # one at a time
+    states = Counter(find(sweep.folder).states().values())
+    assert states["pruned"] > 0
+    assert states["pruned"] + states["finished"] == len(lines) == 6
 
 
 def test_a_mistake_and_a_trial_that_kills_its_workers(tmp_path, monkeypatch):

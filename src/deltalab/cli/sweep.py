@@ -8,6 +8,7 @@ import typer
 from deltalab.cli.sweep_table import table, watched
 
 if TYPE_CHECKING:
+    from deltalab.lab.on_ray import Resources
     from deltalab.lab.spec import SweepSpec, Trial
     from deltalab.lab.trials import Sweep
 
@@ -64,14 +65,14 @@ def command(
         raise UserError(
             "--jobs is for processes of this machine.", next="Ray places trials by what each asks for: leave --jobs out"
         )
-    if read.search is not None and (shard is not None or executor != "local"):
-        raise UserError("a search is one for all who work on it, and runs in worker processes.",
-                        next="the same command, without --shard and --executor, on each machine that shares the folder")  # fmt: skip
+    if read.search is not None and shard is not None:
+        raise UserError("a search is one for all who work on it.",
+                        next="the same command, without --shard, on each machine that shares the folder")  # fmt: skip
     sweep = create(read, output or Path(read.output or Path("runs") / spec.stem))
     if retry:
         forget_failures(sweep)
     if sweep.spec.search is not None:
-        sweep = search(sweep, jobs)
+        sweep = search(sweep, jobs, executor, address)
     else:
         run(sweep, share(sweep, shard), shard, jobs, executor, address)
         if sweep.tuning:  # what is best is known now
@@ -86,8 +87,6 @@ def run(
     sweep: "Sweep", mine: "list[Trial]", shard: str | None, jobs: int | None, executor: str = "local", address: str | None = None
 ) -> None:  # fmt: skip
     """Run what is left, and write the table."""
-    import torch
-
     from deltalab.lab.local import Crew
     from deltalab.lab.table import TABLE, write
     from deltalab.lab.trials import ENDED
@@ -96,12 +95,11 @@ def run(
     if left:
         size, threads, at_once, each = room(left, len(left), jobs)
         if executor == "ray":
-            from deltalab.lab.on_ray import Resources, run_on_ray
+            from deltalab.lab.on_ray import run_on_ray
 
             print(f"{len(left)} of {len(mine)} trials to run on Ray, {each}")
-            asks = Resources(threads, float(torch.cuda.is_available()), int(4.0 * size))
             with watched(sweep, at_once) as say:
-                run_on_ray(sweep, left, asks, address=address, say=say)
+                run_on_ray(sweep, left, asks(threads, size), address=address, say=say)
         else:
             print(f"{len(left)} of {len(mine)} trials to run, {at_once} side by side, {each}")
             with watched(sweep, at_once) as say:
@@ -130,7 +128,16 @@ def room(trials: "list[Trial]", left: int, jobs: int | None) -> tuple[int, int, 
     return size, threads, at_once, f"{threads} thread{'s' * (threads > 1)} each"
 
 
-def search(sweep: "Sweep", jobs: int | None) -> "Sweep":
+def asks(threads: int, size: int) -> "Resources":
+    """What a trial asks of Ray. size: bytes of the model's weights."""
+    import torch
+
+    from deltalab.lab.on_ray import Resources
+
+    return Resources(threads, float(torch.cuda.is_available()), int(4.0 * size))
+
+
+def search(sweep: "Sweep", jobs: int | None, executor: str = "local", address: str | None = None) -> "Sweep":
     """Search in each group, run the best of each, and write the table; the sweep as it is then."""
     from deltalab.lab.local import Crew
     from deltalab.lab.search import groups, studies
@@ -139,10 +146,16 @@ def search(sweep: "Sweep", jobs: int | None) -> "Sweep":
 
     left = sum(study.left() for study in studies(sweep))
     if left:
-        _, threads, at_once, each = room(groups(sweep.spec), left, jobs)
-        print(f"at most {left} trials to run, {at_once} side by side, {each}")
+        size, threads, at_once, each = room(groups(sweep.spec), left, jobs)
+        where = "on Ray" if executor == "ray" else f"{at_once} side by side"
+        print(f"at most {left} trials to run, {where}, {each}")
         with watched(sweep, at_once) as say:
-            Crew(sweep, None, at_once, threads, say).run()
+            if executor == "ray":
+                from deltalab.lab.on_ray import search_on_ray
+
+                search_on_ray(sweep, asks(threads, size), address=address, say=say)
+            else:
+                Crew(sweep, None, at_once, threads, say).run()
     sweep = find(sweep.folder)
     if any(sweep.state(trial) == "finished" for trial in sweep.trials or sweep.tuning):
         print(f"table: {write(sweep)} ({TABLE} of all finished trials)")

@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,20 @@ class Study:
             return self.most - sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False)) + len(self.spec.seeds) * self.search.then  # fmt: skip
         return sum(self.sweep.state(trial) in ("waiting", "begun", "running") for trial in self.after())
 
-    def claim(self) -> Trial | None:
-        """A trial to be run now. None: the others have them all, or all is done."""
+    def claim(self, taken: Collection[str] = ()) -> Trial | None:
+        """A trial to be run now, none of those with the ids `taken`. None: the others have them all, or all is done."""
         with alone(self.sweep.folder / LOCK):
             for known in self._open():
                 trial = self._trial(known.number, known.params)
+                if trial is not None and trial.id in taken:
+                    continue
                 state = self.sweep.state(trial) if trial else "failed"
                 if state in ("waiting", "begun"):
                     return trial
                 if state != "running":
                     self._settle(known, trial, state)
-        return next((trial for trial in self.after() if self.sweep.state(trial) in ("waiting", "begun")), None)
+        left = (trial for trial in self.after() if trial.id not in taken)
+        return next((trial for trial in left if self.sweep.state(trial) in ("waiting", "begun")), None)
 
     def _open(self) -> Iterator["optuna.trial.FrozenTrial"]:
         """What was drawn and has not ended, then new ones."""
