@@ -19,6 +19,11 @@ from tests.lab.sweeps import plan, results, spec, written
 
 LONGER = {**plan()["base"], "optim": {"steps": 80, "batch": 4, "lr": 0.003}, "run": {"checkpoint_every": 7}}
 """Seconds a trial, so that kills fall into it."""
+TWO_DOZEN = {
+    "base": LONGER,
+    "product": {"adapt.r": [1, 2, 4, 8], "optim.lr": [0.001, 0.003]},
+    "seeds": [42, 1337, 2024],
+}
 DELTALAB = str(Path(sys.executable).parent / "deltalab")
 
 
@@ -83,13 +88,8 @@ def test_killed_and_gone_on_with(tmp_path):
 
 @pytest.mark.slow
 def test_two_dozen_trials_killed_again_and_again(tmp_path):
-    fields = {
-        "base": LONGER,
-        "product": {"adapt.r": [1, 2, 4, 8], "optim.lr": [0.001, 0.003]},
-        "seeds": [42, 1337, 2024],
-    }
-    want = undisturbed(tmp_path / "calm", **fields)
-    assert results(disturbed(tmp_path, seed=1, kills=6, **fields)) == want
+    want = undisturbed(tmp_path / "calm", **TWO_DOZEN)
+    assert results(disturbed(tmp_path, seed=1, kills=6, **TWO_DOZEN)) == want
     assert len(want) == 24
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from deltalab.lab.spec import SweepSpec
 from deltalab.lab.trials import create, failure, find, work
 from tests.data.test_tasks import said
 from tests.lab.sweeps import plan, results, spec
+from tests.lab.test_local import TWO_DOZEN, undisturbed
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are found through /proc")
@@ -64,22 +66,33 @@ def test_a_killed_worker_is_replaced_and_goes_on(tmp_path):
 
 
 @contextlib.contextmanager
-def a_kill(sweep):
-    """A worker is killed when a trial has a checkpoint; the list has its process then."""
+def a_kill(sweep, times=1):
+    """As often as that a worker is killed while a trial has a checkpoint; the list has their processes then."""
     killed, over = [], threading.Event()
 
     def kill():
-        while not killed and not over.wait(0.05):
+        while len(killed) < times and not over.wait(random.Random(len(killed)).uniform(0.05, 1) if killed else 0.05):
             if list(sweep.folder.glob("trials/*/checkpoints/*")):
-                killed.extend(running()[:1])
-                for pid in killed:
+                for pid in running()[:1]:
                     os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     yield killed
     over.set()
     thread.join()
+
+
+@pytest.mark.slow
+def test_two_dozen_trials_with_killed_workers(tmp_path):
+    want = undisturbed(tmp_path / "calm", **TWO_DOZEN)
+    sweep, lines = create(build(SweepSpec, plan(**TWO_DOZEN)), tmp_path / "ray"), []
+    with a_kill(sweep, times=6) as killed:
+        run_on_ray(sweep, sweep.trials, Resources(), say=lines.append)
+    assert len(killed) == 6
+    assert results(sweep.folder) == want
+    assert len(want) == len(lines) == 24
 
 
 def test_a_search_with_a_killed_worker_is_that_of_this_process(tmp_path):
