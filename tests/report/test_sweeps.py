@@ -10,7 +10,7 @@ from deltalab.report import build_report, panels
 from deltalab.report.charts import short
 from deltalab.report.contents import Contents
 from deltalab.report.figures import save
-from deltalab.report.inside import heat_map, place_of, trimmed
+from deltalab.report.inside import heat_map, trimmed
 from deltalab.report.page import page
 from deltalab.report.style import beside
 from deltalab.report.sweeps import sweep_contents
@@ -281,8 +281,6 @@ def test_numbers_in_columns():
 
 
 def test_heat_maps_and_spectra():
-    assert place_of("model.layers.11.self_attn.q_proj") == (11, "q_proj")
-    assert place_of("lm_head") == (None, "lm_head")
     grid = heat_map("x", "x", {(1, "q"): 0.5, (0, "v"): 0.25})
     assert grid is not None
     assert (grid.rows, grid.columns, grid.values, grid.top) == (

@@ -42,13 +42,14 @@ def command(
 
     from deltalab.deltas.peft_format import load_adapter
     from deltalab.models.export import dtype_of, export, require_empty, require_form
+    from deltalab.models.heads import head_for
     from deltalab.models.load import load
 
     require_form(to)  # before a large model is loaded
     require_empty(out)
     wanted = None if dtype is None else dtype_of(dtype)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(base, dtype=wanted or "auto", quantize=quantize, group_size=group_size)
+    model, tokenizer = load(base, dtype=wanted or "auto", quantize=quantize, group_size=group_size, **head_for(adapter))
     load_adapter(model, adapter)
     print(export(model, out, to, dtype=wanted, tokenizer=tokenizer))
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from deltalab.measure.inside import Inside
-    from deltalab.measure.spectrum import Spectrum
+    from torch import nn
 
-    Found = tuple[list[Inside], dict[str, Spectrum]]
+    from deltalab.measure.inside import Found, Inside
 
 SHOWN: dict[str, tuple[str, str]] = {
     "relative": ("‖ΔW‖ / ‖W‖", ".2%"), "effective": ("effective rank", ".1f"), "utilisation": ("of the rank", ".0%"),
@@ -35,15 +34,12 @@ def command(
 ) -> None:
     """How large each change is, how many of its directions matter, which are new, and how alike several changes are."""
     from deltalab.core.errors import UserError
-    from deltalab.deltas.apart import twin
-    from deltalab.models.load import load
 
     named = base or _base_of(what[0])
     if named is None:
         raise UserError(f"'{what[0]}' does not name the model that it belongs to.", next="--base MODEL")
-    model, _ = load(named)
-    plain = twin(model)
-    found = {str(place): _inside(plain, place, directions) for place in what}
+    bases: dict[str, nn.Module] = {}
+    found = {str(place): _inside(named, bases, place, directions) for place in what}
     for place, (lines, _) in found.items():
         print(f"{place}, on {named}\n{table(lines)}\n")
     common = _common(found)
@@ -87,15 +83,26 @@ def _base_of(place: Path) -> str | None:
     return None
 
 
-def _inside(plain: Any, place: Path, directions: int) -> "Found":
-    from deltalab.deltas.apart import apart
-    from deltalab.measure.inside import inside_deltas, inside_pair
+def _inside(named: str, bases: "dict[str, nn.Module]", place: Path, directions: int) -> "Found":
+    """bases: the base as it has been loaded, by the head that an adapter asks for."""
+    from deltalab.deltas.peft_format import load_adapter
+    from deltalab.deltas.switch import unload
+    from deltalab.measure.inside import inside_adapted, inside_pair
+    from deltalab.models.heads import head_for
     from deltalab.models.load import load
 
     adapter = place / "adapter" if (place / "adapter" / "adapter_config.json").is_file() else place
+    head = head_for(adapter)
+    base = bases[str(head)] if str(head) in bases else bases.setdefault(str(head), load(named, **head)[0])
     if not (adapter / "adapter_config.json").is_file() and (place / "config.json").is_file():
-        return inside_pair(plain, load(place)[0], directions=directions)
-    return inside_deltas(plain, apart(plain, adapter, place.name), directions=directions)
+        return inside_pair(base, load(place)[0], directions=directions)
+    body = f"{base.base_model_prefix}." if head else ""
+    new = [name for name, _ in base.named_parameters() if not name.startswith(body)]  # of a head there is no base
+    load_adapter(base, adapter)
+    try:
+        return inside_adapted(base, directions=directions, but=new)
+    finally:
+        unload(base)
 
 
 def _common(found: "dict[str, Found]") -> str:
@@ -144,23 +151,25 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
 
 def _spectra(lines: Sequence["Inside"], where: str) -> Any:
     """A panel of the singular values of each kind of module; None without lines."""
-    from deltalab.report.inside import mean_spectrum
+    from deltalab.report.inside import trimmed
     from deltalab.report.panels import Line, Lines
 
     if not lines:
         return None
     kinds = dict.fromkeys(line.module for line in lines)
-    means = {kind: mean_spectrum([line.S for line in lines if line.module == kind]) for kind in kinds}
-    longest = max(len(mean) for mean in means.values())
+    means = {kind: trimmed([line.S for line in lines if line.module == kind]) for kind in kinds}
     curves = [
-        Line(kind, [*mean, *[0.0] * (longest - len(mean))], COLOURS[number % len(COLOURS)])
+        Line(kind, mean, COLOURS[number % len(COLOURS)], x=list(range(1, len(mean) + 1)))
         for number, (kind, mean) in enumerate(means.items())
     ]
     return Lines(
         f"spectra-{where}",
         f"Singular values of ΔW, {where}, means over layers",
-        list(range(1, longest + 1)),
+        list(range(1, max(map(len, means.values())) + 1)),
         "number",
         "σ",
         curves,
+        zero=False,
+        logy=True,
+        keyed=True,
     )

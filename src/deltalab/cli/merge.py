@@ -57,6 +57,7 @@ def command(
     from deltalab.deltas.merge import require_way
     from deltalab.deltas.peft_format import load_adapter
     from deltalab.models.export import require_empty
+    from deltalab.models.heads import head_for
     from deltalab.models.load import load
 
     require_way(into, rank, steps)  # before a large model is loaded
@@ -65,7 +66,7 @@ def command(
         raise UserError(f"--tol {tol:g} holds nothing to anything.", next="--verify --tol with a number above 0")
     conversations = _conversations(data)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(base, quantize=quantize, group_size=group_size, dtype=dtype or "auto")
+    model, tokenizer = load(base, quantize=quantize, group_size=group_size, dtype=dtype or "auto", **head_for(adapter))
     load_adapter(model, adapter)
     batches = _batches(model, tokenizer, conversations)
     with replacing(out) as tmp:

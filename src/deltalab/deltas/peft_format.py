@@ -33,6 +33,7 @@ from deltalab.deltas.peft_own import (
     own_keys,
     own_to_peft,
     own_values,
+    task_of,
 )
 from deltalab.deltas.schedule import require_ready
 from deltalab.deltas.select import model_name
@@ -64,6 +65,7 @@ def write_adapter(model: nn.Module, folder: str | Path) -> Path:
     """`save_adapter` of an adapted model in the middle of its training: a method with a schedule may be on its way."""
     theirs = _as_peft(model)
     config, tensors = theirs or as_own(model)
+    config.setdefault("task_type", task_of(model))
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

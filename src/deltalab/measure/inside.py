@@ -1,15 +1,17 @@
 """A look inside a change: of every weight its size, its spectrum and its ranks, and what two changes have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.paths import kinds_of
 from deltalab.deltas.base import Delta, WeightDelta, weight_of
-from deltalab.deltas.select import layers_of, leaf, model_name
+from deltalab.deltas.select import layers_of, model_name
 from deltalab.deltas.sites import linears, place
+from deltalab.deltas.weights import adaptation, attached
 from deltalab.measure.spectrum import (
     Spectrum,
     by_chance,
@@ -29,7 +31,7 @@ refer. The error says what they leave out."""
 
 @dataclass(frozen=True)
 class Inside:
-    """Of the change of one weight. module: its last name; layer: its block, None outside of them. rank: what it may have at most.
+    """Of the change of one weight. module: its kind, as `kinds_of` names it; layer: its block, None outside of them. rank: what it may have at most.
 
     norm: of ΔW; relative: to that of W. S: its singular values, or the first of them, error: the norm of the rest.
     effective, stable, energy: ranks, the last that of 90 % of Σσ². utilisation: the effective rank's share of `rank`.
@@ -51,56 +53,95 @@ class Inside:
     intruders: int | None = None
 
 
-def inside_deltas(
-    base: nn.Module, deltas: Mapping[str, Delta], *, directions: int = 0
-) -> tuple[list[Inside], dict[str, Spectrum]]:
-    """Of the deltas of an adapter, by path, and their spectra. directions: leading ones to look for intruders among; 0: none.
+Found = tuple[list["Inside"], dict[str, Spectrum]]
+"""What is found of each weight that changed, and its spectrum by path."""
+
+
+def inside_deltas(base: nn.Module, deltas: Mapping[str, Delta], *, directions: int = 0) -> Found:
+    """Of the deltas of an adapter, by path. directions: leading ones to look for intruders among; 0: none.
 
     Only changes of one matrix are looked at. Raises: UserError if there is none.
     """
-    found: list[Inside] = []
-    spectra: dict[str, Spectrum] = {}
-    layers = layers_of(base, list(deltas))
+    return _inside(base, deltas, {}, directions)
+
+
+def inside_adapted(model: nn.Module, *, directions: int = 0, but: Collection[str] = ()) -> Found:
+    """Of the deltas on a model, and of the weights of linears that train beside them or, in full tuning, alone.
+
+    but: names of parameters to pass over, such as those of a head that the base does not have. Raises: as `inside_deltas`.
+    """
+    start = adaptation(model).start
+    own = {path: linear for path, linear in linears(model).items() if f"{path}.weight" in start.keys() - set(but)}
+    pairs = {path: (start[f"{path}.weight"], weight_of(linear)) for path, linear in own.items()}
+    return _inside(model, attached(model), pairs, directions)
+
+
+def _inside(
+    model: nn.Module, deltas: Mapping[str, Delta], pairs: Mapping[str, tuple[Tensor, Tensor]], directions: int
+) -> Found:
+    """pairs: a weight as it was and as it is, by path."""
+    lines = _Lines(model, [*deltas, *pairs], directions)
     for path, delta in deltas.items():
-        where = place(base, path)
-        if not isinstance(delta, WeightDelta) or where.kind not in ("linear", "embedding"):
-            continue
-        W = where.W.detach()
-        with torch.no_grad():
-            factors = delta.factors()
-            change = None if factors is not None and not directions else delta.change(W)
-        if factors is not None:
-            spectrum, rank = of_factors(*factors), min(factors.A.shape[0], *W.shape)
-        else:
-            assert change is not None
-            spectrum, rank = of_matrix(change, kept_of(W)), min(W.shape)
-        spectra[path] = spectrum
-        found.append(_inside(path, layers.get(path), W, spectrum, rank, change, directions))
-    if not found:
+        where = place(model, path)
+        if isinstance(delta, WeightDelta) and where.kind in ("linear", "embedding"):
+            lines.add_delta(path, where.W.detach(), delta)
+    for path, (before, after) in pairs.items():
+        lines.add_pair(path, before.to(after.device), after)
+    if not lines.found:
         kinds = sorted({type(delta).__name__ for delta in deltas.values()})
         raise UserError("nothing in it is a change of a weight.", found=", ".join(kinds) or "no delta", next="adapters that depend on the input have no ΔW: compare their runs")  # fmt: skip
-    return found, spectra
+    return lines.found, lines.spectra
 
 
-def inside_pair(
-    base: nn.Module, tuned: nn.Module, *, directions: int = 0, k: int | None = None
-) -> tuple[list[Inside], dict[str, Spectrum]]:
+def inside_pair(base: nn.Module, tuned: nn.Module, *, directions: int = 0, k: int | None = None) -> Found:
     """Of every linear that a tuned model has otherwise than its base. k: singular values of each. Raises: UserError if the models differ, or nothing does."""
     ours, theirs = linears(base), linears(tuned)
     if {p: m.weight.shape for p, m in ours.items()} != {p: m.weight.shape for p, m in theirs.items()}:  # type: ignore[union-attr]
         raise UserError(f"{model_name(tuned)} is no tuned form of {model_name(base)}: their linears differ.")
-    found: list[Inside] = []
-    spectra: dict[str, Spectrum] = {}
-    layers = layers_of(base, list(ours))
+    lines = _Lines(base, list(ours), directions)
     for path, linear in ours.items():
-        W = weight_of(linear).detach()
-        change = weight_of(theirs[path]).detach().double() - W.double()
-        if bool((change != 0).any()):
-            spectra[path] = of_matrix(change, k or kept_of(W))
-            found.append(_inside(path, layers.get(path), W, spectra[path], min(W.shape), change, directions))
-    if not found:
+        lines.add_pair(path, weight_of(linear).detach(), weight_of(theirs[path]), k)
+    if not lines.found:
         raise UserError("the two models have the same linears, bit for bit.")
-    return found, spectra
+    return lines.found, lines.spectra
+
+
+class _Lines:
+    """What is found, weight by weight. paths: of all that are looked at."""
+
+    def __init__(self, model: nn.Module, paths: list[str], directions: int) -> None:
+        self.layers, self.directions = layers_of(model, paths), directions
+        self.kinds = kinds_of([*linears(model), *paths])  # of all, so that a module has one name in every change
+        self.found: list[Inside] = []
+        self.spectra: dict[str, Spectrum] = {}
+
+    def add_delta(self, path: str, W: Tensor, delta: WeightDelta) -> None:
+        with torch.no_grad():
+            factors = delta.factors()
+            change = None if factors is not None and not self.directions else delta.change(W)
+        if factors is not None:
+            self._add(path, W, of_factors(*factors), min(factors.A.shape[0], *W.shape), change)
+        else:
+            assert change is not None
+            self._add(path, W, of_matrix(change, kept_of(W)), min(W.shape), change)
+
+    def add_pair(self, path: str, W: Tensor, tuned: Tensor, k: int | None = None) -> None:
+        """Nothing where the two are the same."""
+        change = tuned.detach().double() - W.double()
+        if bool((change != 0).any()):
+            self._add(path, W, of_matrix(change, k or kept_of(W)), min(W.shape), change)
+
+    def _add(self, path: str, W: Tensor, spectrum: Spectrum, rank: int, change: Tensor | None) -> None:
+        S = spectrum.S
+        norm = float((S.square().sum() + spectrum.error**2).sqrt())
+        size = float(W.double().norm())
+        effective = effective_rank(S)
+        self.spectra[path] = spectrum
+        self.found.append(Inside(
+            path, self.kinds[path], self.layers.get(path), rank, norm, norm / size if size else float("inf"), S.tolist(),
+            spectrum.error, effective, stable_rank(S), energy_rank(S), effective / max(rank, 1),
+            intruders(W, change, self.directions)[0] if self.directions and change is not None else None,
+        ))  # fmt: skip
 
 
 def kept_of(W: Tensor) -> int | None:
@@ -117,17 +158,3 @@ def shared(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum]) -> dic
             a, b = (s.U[:, : max(1, energy_rank(s.S))] for s in (first[path], second[path]))
             found[path] = overlap(a, b), by_chance(a.shape[0], a.shape[1], b.shape[1])
     return found
-
-
-def _inside(
-    path: str, layer: int | None, W: Tensor, spectrum: Spectrum, rank: int, change: Tensor | None, directions: int
-) -> Inside:
-    S = spectrum.S
-    norm = float((S.square().sum() + spectrum.error**2).sqrt())
-    size = float(W.double().norm())
-    effective = effective_rank(S)
-    return Inside(
-        path, leaf(path), layer, rank, norm, norm / size if size else float("inf"), S.tolist(), spectrum.error, effective,
-        stable_rank(S), energy_rank(S), effective / max(rank, 1),
-        intruders(W, change, directions)[0] if directions and change is not None else None,
-    )  # fmt: skip

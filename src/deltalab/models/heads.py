@@ -1,13 +1,20 @@
 """Which class of transformers loads a model: by the class that its config names, or by the head that is asked for."""
 
+import contextlib
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from deltalab.core.errors import UserError, nearest
+from deltalab.core.files import read_json
+from deltalab.core.tensors import read_tensors
+from deltalab.deltas.peft_format import CONFIG, WEIGHTS
 
 HEADS: dict[str, tuple[Any, Any]] = {
     "CausalLM": (transformers.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -46,6 +53,29 @@ def new_head(model: nn.Module, missing: Collection[str]) -> list[str]:
     body = f"{getattr(model, 'base_model_prefix', '')}."
     head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
     return head if head and len(head) < len(list(model.parameters())) and set(head) <= set(missing) else []
+
+
+OF_TASK = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+"""peft's word for a task -> the head that a model is given for it."""
+CLASSES = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight$")
+"""The last matrix of a head of classes, classes × hidden."""
+
+
+def head_for(adapter: str | Path) -> dict[str, Any]:
+    """What `load` is asked for so that an adapter fits the model: its head and, where the adapter holds that, the classes it has.
+
+    Nothing for an adapter of what the model is by itself, or where no such file can be read, which loading the adapter tells.
+    """
+    config, weights = Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
+    if not (config.is_file() and weights.is_file()):
+        return {}
+    head = OF_TASK.get(read_json(config, "adapter config").get("task_type"))
+    if head is None:
+        return {}
+    counts: list[int] = []
+    with contextlib.suppress(SafetensorError):
+        counts = [tensor.shape[0] for key, tensor in read_tensors(weights).items() if CLASSES.search(key)]
+    return {"head": head, "labels": counts[0] if counts else None}
 
 
 def auto_class(config: transformers.PretrainedConfig, head: str | None) -> Any:

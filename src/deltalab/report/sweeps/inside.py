@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from deltalab.core.paths import kinds_of, layer_in
 from deltalab.report import Curves
-from deltalab.report.inside import heat_map, place_of, trimmed
+from deltalab.report.inside import heat_map, trimmed
 from deltalab.report.panels import Grid, Panel, Plot
 from deltalab.report.sweeps.curves import band_note, lines_of
 from deltalab.report.sweeps.gather import Gathered
@@ -70,11 +71,9 @@ def _maps(found: Gathered) -> list[Plot]:
 def _map(found: Gathered, group: str, key: str, scale: float, unit: str) -> Grid | None:
     seen: dict[tuple[int, str], list[float]] = {}
     changes = [_last(one.curves, "deltas").get("weights", {}) for one in found.groups[group]]
-    stacks = {stack for weights in changes for path in weights for stack in ("encoder.", "decoder.") if stack in path}
+    kinds = kinds_of(path for weights in changes for path in weights)
     for path, weight in (item for weights in changes for item in weights.items()):
-        layer, module = place_of(path)
-        if len(stacks) > 1:  # both count their layers from 0
-            module = f"{'decoder' if 'decoder.' in path else 'encoder'} {module}"
+        layer, module = layer_in(path), kinds[path]
         if layer is not None and weight[key] is not None:
             seen.setdefault((layer, module), []).append(weight[key])
     means = {at: float(np.mean(values)) for at, values in seen.items()}
