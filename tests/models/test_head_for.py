@@ -68,6 +68,16 @@ def test_merging_makes_a_classifier(tmp_path, capsys):
     assert_close_by_norm(got(tokens()).logits, model(tokens()).logits, 1e-5)
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_classifier_writes_no_text(verb, tmp_path, capsys):
+    trained(tmp_path, "bert", "lora")
+    capsys.readouterr()
+    ask = ["--prompt", "hello"] if verb == "generate" else []
+    code, _, err = main(capsys, verb, str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), *ask)
+    assert code == 2
+    assert "BertModel reads texts and writes none" in err
+
+
 @pytest.mark.parametrize("adapt", ["lora", "full"])
 def test_a_look_inside(adapt, tmp_path, capsys):
     """What is new, the head, is passed over; of full tuning each linear's change is what it is to the base."""

@@ -34,12 +34,14 @@ def command(
     from deltalab.models.chat import Session, Settings
     from deltalab.models.device import nearby
     from deltalab.models.generate import require_settings
+    from deltalab.models.heads import require_writer
     from deltalab.models.load import load
     from deltalab.models.named import named
 
     require_settings(max_new_tokens, 1, temperature, top_p)
     folders = named(adapter or [])
     loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize, group_size=group_size)
+    require_writer(loaded)
     settings = Settings(max_new_tokens, temperature, top_p, seed)
     session = Session(loaded, tokenizer, folders, settings=settings, system=system)
     Terminal(session, Console(highlight=False)).run(f"{model}: {', '.join(session.folders)}. /help lists the commands.")

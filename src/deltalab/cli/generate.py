@@ -46,6 +46,7 @@ def command(
     from deltalab.core.files import write_text
     from deltalab.models.device import nearby
     from deltalab.models.generate import generate, require_settings
+    from deltalab.models.heads import require_writer
     from deltalab.models.load import load
     from deltalab.models.named import named, put_on, speaking
 
@@ -56,6 +57,7 @@ def command(
     folders = named(adapter or [])
     prompts = gathered(prompt or [], file)
     loaded, tokenizer = load(model, dtype=dtype, device_map=nearby(), quantize=quantize, group_size=group_size)
+    require_writer(loaded)
     replies: dict[str, list[Generation]] = {}
     for name in put_on(loaded, folders):
         tell = None if quiet or len(prompts) < 2 else _Progress(name)

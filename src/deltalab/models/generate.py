@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from deltalab.core.errors import UserError
 from deltalab.core.shapes import Bool, Float
 from deltalab.data.template import ChatTemplate
+from deltalab.models.heads import require_writer
 
 Prompt = str | Sequence[Mapping[str, str]]
 TooLong = Literal["error", "cut"]
@@ -64,9 +65,10 @@ def generate(
     on_progress(done, total) is called after each batch; on_text(piece), for a single prompt, after each token: the
     pieces, some of them empty, together are the reply's text, and what it raises ends the reply. around(indices), of the
     prompts of a batch, is a context that the batch runs in.
-    Raises: UserError for a prompt that is too long or empty, or an argument out of range.
+    Raises: UserError for a model that writes no text, a prompt that is too long or empty, or an argument out of range.
     """
     require_settings(max_new_tokens, batch_size, temperature, top_p)
+    require_writer(model)
     if on_text is not None and len(prompts) != 1:
         raise UserError("on_text follows the reply to one prompt.", found=f"{len(prompts)} prompts")
     texts = [_text(tokenizer, prompt, system, template) for prompt in prompts]

@@ -48,6 +48,13 @@ def is_classifier(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
+def require_writer(model: transformers.PreTrainedModel) -> None:
+    """Raises: UserError if a model writes no text."""
+    if not model.can_generate():
+        raise UserError(f"a {type(model).__name__} reads texts and writes none.",
+                        next="a causal model; or `deltalab train` on tasks of choices: sst2, rte, mrpc, rows with answers")  # fmt: skip
+
+
 def new_head(model: nn.Module, missing: Collection[str]) -> list[str]:
     """The parameters of a head that are missing in a model's files, if all of a head are; else none."""
     body = f"{getattr(model, 'base_model_prefix', '')}."

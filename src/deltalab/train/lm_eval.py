@@ -25,6 +25,7 @@ from deltalab.core.stats import t_interval, wilson
 from deltalab.data.metrics import Measure, Measures
 from deltalab.data.tasks.lm_eval import LMEvalTask
 from deltalab.deltas.peft_format import load_adapter
+from deltalab.models.heads import require_writer
 from deltalab.models.load import load, model_digest
 from deltalab.quant.linear import Quantisation
 from deltalab.train.rng import kept
@@ -99,6 +100,7 @@ def evaluate_asked(
             )
         began = time.monotonic()
         model, tokenizer = load(spec.model, dtype=spec.dtype, quantize=spec.quantize, device_map=device_map)
+        require_writer(model)
         if spec.adapter is not None:
             load_adapter(model, spec.adapter)
         raw = run_lm_eval(spec.ask, model, tokenizer, bootstrap=spec.bootstrap, progress=progress)
@@ -184,9 +186,7 @@ def _leaves(results: Mapping[str, Any], name: str, own: bool = True) -> Iterator
 
 def _require_able(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LMEvalTask) -> None:
     """Raises: UserError if the model writes no text, or the tokenizer lacks what lm-eval takes from it."""
-    if not model.can_generate():
-        raise UserError(f"lm-eval asks models that write text, and a {type(model).__name__} writes none.",
-                        next="a causal model; or deltalab's own tasks of choices: sst2, rte, mrpc, rows with answers")  # fmt: skip
+    require_writer(model)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has neither a begin nor an end token: lm-eval puts one before a text.",
                         next="set eos_token in tokenizer_config.json")  # fmt: skip
