@@ -11,10 +11,10 @@ import deltalab as dl
 from deltalab.cli import main
 from deltalab.deltas.apart import apart, twin
 from deltalab.deltas.weights import attached
-from deltalab.measure.inside import inside_deltas, inside_pair, shared
+from deltalab.measure.inside import inside_deltas, inside_pair, shared, shared_by_parts
 from tests.data.test_tasks import said
 from tests.deltas.perturb import perturbed
-from tests.helpers import assert_close_by_norm, tiny_llama
+from tests.helpers import assert_close_by_norm, model_folder, tiny_llama
 
 
 @pytest.mark.parametrize("method", [dl.LoRA(r=3), dl.DoRA(r=3), dl.IA3(), dl.AdaLoRA(init_r=3, target_r=2), dl.VeRA(r=4)], ids=lambda m: m.method)  # fmt: skip
@@ -66,6 +66,36 @@ def test_what_two_changes_share():
     assert set(other) == set(found[0])
     assert all(0 <= both < 1 and 0 < chance < 1 for both, chance in other.values())
     assert shared(found[0], {}) == {}
+
+
+def test_each_expert_of_a_mixture(tmp_path, capsys):
+    model = perturbed(dl.adapt(tiny_llama(), dl.LoRAExperts(experts=3, top_k=2, r=2, targets="q,v")))
+    deltas = dict(attached(model))
+    found = inside_deltas(dl.unload(copy.deepcopy(model)), deltas, directions=3)
+    lines, spectra = found
+    assert [(line.path, line.part) for line in lines] == [(p, f"expert {e}") for p in deltas for e in range(3)]
+    assert list(spectra) == [f"{line.path}, {line.part}" for line in lines]
+    changes = {}
+    for line in lines:
+        delta, e = deltas[line.path], int(line.part[-1])
+        changes[line.path, e] = (delta.s * delta.B[:, e] @ delta.A[e]).detach().double()
+        want = torch.linalg.svdvals(changes[line.path, e])[:2]
+        assert_close_by_norm(torch.tensor(line.S, dtype=torch.float64), want, 1e-5)
+        assert line.rank == 2
+    pairs = [(path, i, j) for path in deltas for i in range(3) for j in range(i)]
+    both = [
+        shared({"": spectra[f"{path}, expert {i}"]}, {"": spectra[f"{path}, expert {j}"]})[""] for path, i, j in pairs
+    ]
+    assert shared_by_parts(found) == pytest.approx(tuple(sum(pair[k] for pair in both) / len(both) for k in (0, 1)))
+    assert (
+        shared_by_parts(inside_deltas(tiny_llama(), attached(perturbed(dl.adapt(tiny_llama(), dl.LoRA(r=2)))))) is None
+    )
+    model_folder(dl.unload(copy.deepcopy(model)), tmp_path / "base")
+    dl.save_adapter(model, tmp_path / "mixture")
+    assert run(tmp_path / "mixture", "--base", tmp_path / "base", "--out", tmp_path / "out") == 0
+    assert "3 experts on each module" in capsys.readouterr().out
+    (kept,) = (values for values in json.loads((tmp_path / "out/inspect.json").read_text())["changes"].values())
+    assert len(kept) == 12
 
 
 def test_what_has_no_change_of_a_weight():

@@ -40,8 +40,8 @@ def command(
         raise UserError(f"'{what[0]}' does not name the model that it belongs to.", next="--base MODEL")
     bases: dict[str, nn.Module] = {}
     found = {str(place): _inside(named, bases, place, directions) for place in what}
-    for place, (lines, _) in found.items():
-        print(f"{place}, on {named}\n{table(lines)}\n")
+    for place, inside in found.items():
+        print(f"{place}, on {named}\n{table(inside[0])}\n{_parts(inside)}")
     common = _common(found)
     if common:
         print(f"shared directions, those of 90 % of each change (1: all; by chance in brackets)\n{common}\n")
@@ -105,6 +105,19 @@ def _inside(named: str, bases: "dict[str, nn.Module]", place: Path, directions: 
         unload(base)
 
 
+def _parts(found: "Found") -> str:
+    """What the experts of a mixture have in common, a line; nothing of other changes."""
+    from deltalab.measure.inside import shared_by_parts
+
+    parts = len({line.part for line in found[0]} - {""})
+    if not parts:
+        return ""
+    text = f"  {parts} experts on each module, counted one by one, each as if its gate were 1"
+    if (common := shared_by_parts(found)) is not None:
+        text += f"; they share {common[0]:.3f} of their directions, by chance {common[1]:.3f}"
+    return f"{text}\n"
+
+
 def _common(found: "dict[str, Found]") -> str:
     """A line a pair, the mean over the weights that both change."""
     from deltalab.measure.inside import shared
@@ -140,7 +153,11 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
     for number, (place, (lines, _)) in enumerate(found.items(), 1):
         panels: list[Any] = []
         for name, title, value in (("relative", "‖ΔW‖ / ‖W‖, per cent", lambda x: x.relative), ("utilisation", "effective rank, per cent of the rank", lambda x: x.utilisation)):  # fmt: skip
-            at = {(line.layer, line.module): value(line) for line in lines if line.layer is not None}
+            cells: dict[tuple[int, str], list[float]] = {}
+            for line in lines:
+                if line.layer is not None:
+                    cells.setdefault((line.layer, line.module), []).append(value(line))
+            at = {cell: sum(values) / len(values) for cell, values in cells.items()}  # of experts the mean
             if (grid := heat_map(name, title, at)) is not None:
                 panels.append(grid)
         panels += [panel for words, within in (("attention", True), ("elsewhere", False))

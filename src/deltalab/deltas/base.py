@@ -95,6 +95,10 @@ class Delta(nn.Module, abc.ABC):
         """What can be told of the delta as it is, by name: gates, the use of experts, what its last forward did."""
         return {}
 
+    def parts(self) -> dict[str, "Factors"]:
+        """The changes of the weight that the delta mixes by its input, by name; none where it is of another kind."""
+        return {}
+
     def gather(self, on: bool) -> None:
         """From now on `measures` tells of all forwards together (on), or again of the last one alone."""
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltalab.core.shapes import Float, Int
-from deltalab.deltas.base import Base, Delta, Dropout, through, wide
+from deltalab.deltas.base import Base, Delta, Dropout, Factors, through, wide
 from deltalab.deltas.lowrank import kaiming
 from deltalab.deltas.site import Kind, Site
 from deltalab.deltas.spec import DeltaSpec
@@ -158,6 +158,11 @@ class LoRAExpertsDelta(Delta):
     def gather(self, on: bool) -> None:
         self.gathers = on
         self.routed = None if on else self.routed
+
+    def parts(self) -> dict[str, Factors]:
+        """s · B_e A_e of each expert, what it adds where its gate is 1."""
+        experts = range(self.A.shape[-3])
+        return {f"expert {e}": Factors(self.A[..., e, :, :], self.B[..., e, :], self.s) for e in experts}
 
     def measures(self) -> dict[str, float]:
         """Of the last forward: the share of the assignments that each expert got and the smallest of these, and the

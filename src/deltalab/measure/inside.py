@@ -1,5 +1,6 @@
 """A look inside a change: of every weight its size, its spectrum and its ranks, and what two changes have in common."""
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
 from deltalab.core.paths import kinds_of
-from deltalab.deltas.base import Delta, WeightDelta, weight_of
+from deltalab.deltas.base import Delta, Factors, WeightDelta, weight_of
 from deltalab.deltas.select import layers_of, model_name
 from deltalab.deltas.sites import linears, place
 from deltalab.deltas.weights import adaptation, attached
@@ -36,6 +37,7 @@ class Inside:
     norm: of ΔW; relative: to that of W. S: its singular values, or the first of them, error: the norm of the rest.
     effective, stable, energy: ranks, the last that of 90 % of Σσ². utilisation: the effective rank's share of `rank`.
     intruders: of the leading directions of W + ΔW those that are like none of W's; None where that was not asked for.
+    part: of a delta that mixes several changes by its input, which; each is looked at as if it were the only one.
     """
 
     path: str
@@ -51,16 +53,17 @@ class Inside:
     energy: int
     utilisation: float
     intruders: int | None = None
+    part: str = ""
 
 
 Found = tuple[list["Inside"], dict[str, Spectrum]]
-"""What is found of each weight that changed, and its spectrum by path."""
+"""What is found of each weight that changed, and its spectrum by path; of a part by path, comma, part."""
 
 
 def inside_deltas(base: nn.Module, deltas: Mapping[str, Delta], *, directions: int = 0) -> Found:
     """Of the deltas of an adapter, by path. directions: leading ones to look for intruders among; 0: none.
 
-    Only changes of one matrix are looked at. Raises: UserError if there is none.
+    Only changes of one matrix are looked at, of a mixture each expert's. Raises: UserError if there is none.
     """
     return _inside(base, deltas, {}, directions)
 
@@ -83,8 +86,12 @@ def _inside(
     lines = _Lines(model, [*deltas, *pairs], directions)
     for path, delta in deltas.items():
         where = place(model, path)
-        if isinstance(delta, WeightDelta) and where.kind in ("linear", "embedding"):
+        if where.kind not in ("linear", "embedding"):
+            continue
+        if isinstance(delta, WeightDelta):
             lines.add_delta(path, where.W.detach(), delta)
+        for name, factors in delta.parts().items():
+            lines.add_part(path, name, where.W.detach(), factors)
     for path, (before, after) in pairs.items():
         lines.add_pair(path, before.to(after.device), after)
     if not lines.found:
@@ -125,23 +132,39 @@ class _Lines:
             assert change is not None
             self._add(path, W, of_matrix(change, kept_of(W)), min(W.shape), change)
 
+    def add_part(self, path: str, name: str, W: Tensor, factors: Factors) -> None:
+        """One of several changes that a delta mixes, as if it were the only one."""
+        A, B, s = factors
+        with torch.no_grad():
+            change = s * (B @ A) if self.directions else None
+        self._add(path, W, of_factors(A, B, s), min(A.shape[0], *W.shape), change, name)
+
     def add_pair(self, path: str, W: Tensor, tuned: Tensor, k: int | None = None) -> None:
         """Nothing where the two are the same."""
         change = tuned.detach().double() - W.double()
         if bool((change != 0).any()):
             self._add(path, W, of_matrix(change, k or kept_of(W)), min(W.shape), change)
 
-    def _add(self, path: str, W: Tensor, spectrum: Spectrum, rank: int, change: Tensor | None) -> None:
+    def _add(self, path: str, W: Tensor, spectrum: Spectrum, rank: int, change: Tensor | None, part: str = "") -> None:
         S = spectrum.S
         norm = float((S.square().sum() + spectrum.error**2).sqrt())
         size = float(W.double().norm())
         effective = effective_rank(S)
-        self.spectra[path] = spectrum
+        self.spectra[f"{path}, {part}" if part else path] = spectrum
         self.found.append(Inside(
             path, self.kinds[path], self.layers.get(path), rank, norm, norm / size if size else float("inf"), S.tolist(),
             spectrum.error, effective, stable_rank(S), energy_rank(S), effective / max(rank, 1),
-            intruders(W, change, self.directions)[0] if self.directions and change is not None else None,
+            intruders(W, change, self.directions)[0] if self.directions and change is not None else None, part,
         ))  # fmt: skip
+
+
+def shared_by_parts(found: Found) -> tuple[float, float] | None:
+    """As `shared`, the mean over the pairs of parts of one delta, such as a mixture's experts; None where there are none."""
+    lines, spectra = found
+    names = dict.fromkeys(line.part for line in lines if line.part)
+    of = [{line.path: spectra[f"{line.path}, {name}"] for line in lines if line.part == name} for name in names]
+    pairs = [pair for a, b in itertools.combinations(of, 2) for pair in shared(a, b).values()]
+    return (sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs)) if pairs else None
 
 
 def kept_of(W: Tensor) -> int | None:
