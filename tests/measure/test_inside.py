@@ -11,7 +11,7 @@ import deltalab as dl
 from deltalab.cli import main
 from deltalab.deltas.apart import apart, twin
 from deltalab.deltas.weights import attached
-from deltalab.measure.inside import inside_deltas, inside_pair, shared, shared_by_parts
+from deltalab.measure.inside import inside_adapted, inside_deltas, inside_pair, shared, shared_by_parts
 from tests.data.test_tasks import said
 from tests.deltas.perturb import perturbed
 from tests.helpers import assert_close_by_norm, model_folder, tiny_llama
@@ -23,7 +23,7 @@ def test_every_method_with_a_change_of_the_weight(method):
     deltas = dict(attached(model))
     changes = {path: dl.delta_weight(model, path).double() for path in deltas}
     base = dl.unload(copy.deepcopy(model))
-    lines, spectra = inside_deltas(base, deltas, directions=4)
+    lines, spectra, _ = inside_deltas(base, deltas, directions=4)
     assert [line.path for line in lines] == list(deltas)
     for line in lines:
         want = torch.linalg.svdvals(changes[line.path])
@@ -45,10 +45,10 @@ def test_a_tuned_model_and_its_base():
     path = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
         tuned.get_submodule(path).weight.add_(0.1 * torch.randn(tuned.get_submodule(path).weight.shape))
-    (line,), _ = inside_pair(base, tuned)
-    change = tuned.get_submodule(path).weight.double() - base.get_submodule(path).weight.double()
+    (line,), *_ = inside_pair(base, tuned)
+    change = (tuned.get_submodule(path).weight.double() - base.get_submodule(path).weight.double()).detach()
     assert_close_by_norm(torch.tensor(line.S, dtype=torch.float64), torch.linalg.svdvals(change), 1e-5)
-    (few,), _ = inside_pair(base, tuned, k=3)
+    (few,), *_ = inside_pair(base, tuned, k=3)
     assert few.norm == pytest.approx(float(change.norm()))
     assert few.error == pytest.approx(float(torch.linalg.svdvals(change)[3:].norm()), rel=1e-3)
     said(lambda: inside_pair(base, copy.deepcopy(base)), "the same linears")
@@ -72,7 +72,7 @@ def test_each_expert_of_a_mixture(tmp_path, capsys):
     model = perturbed(dl.adapt(tiny_llama(), dl.LoRAExperts(experts=3, top_k=2, r=2, targets="q,v")))
     deltas = dict(attached(model))
     found = inside_deltas(dl.unload(copy.deepcopy(model)), deltas, directions=3)
-    lines, spectra = found
+    lines, spectra, _ = found
     assert [(line.path, line.part) for line in lines] == [(p, f"expert {e}") for p in deltas for e in range(3)]
     assert list(spectra) == [f"{line.path}, {line.part}" for line in lines]
     changes = {}
@@ -98,13 +98,33 @@ def test_each_expert_of_a_mixture(tmp_path, capsys):
     assert len(kept) == 12
 
 
-def test_what_has_no_change_of_a_weight():
-    model = dl.adapt(tiny_llama(), dl.Bottleneck())
-    said(
-        lambda: inside_deltas(dl.unload(copy.deepcopy(model)), dict(attached(model))),
-        "nothing in it is a change",
-        "BottleneckDelta",
-    )
+def test_what_has_no_change_of_a_weight(tmp_path, capsys):
+    model = perturbed(dl.adapt(tiny_llama(), [dl.Bottleneck(size=4, targets="mlp"), dl.ZeroInitPrefix(length=3)]))
+    deltas = dict(attached(model))
+    lines, spectra, parameters = inside_deltas(dl.unload(copy.deepcopy(model)), deltas)
+    assert (lines, spectra) == ([], {})
+    assert [(line.path, line.name) for line in parameters] == [
+        (p, n) for p, d in deltas.items() for n, _ in d.named_parameters()
+    ]
+    for line in parameters:
+        t = deltas[line.path].get_parameter(line.name).detach().double()
+        assert line.shape == list(t.shape)
+        assert [line.norm, line.mean, line.deviation, line.largest] == pytest.approx([float(v) for v in (t.norm(), t.mean(), t.std(correction=0), t.abs().max())])  # fmt: skip
+        assert line.layer == int(line.path.split(".")[2])
+    model_folder(dl.unload(copy.deepcopy(model)), tmp_path / "base")
+    dl.save_adapter(model, tmp_path / "a")
+    assert run(tmp_path / "a", tmp_path / "a", "--base", tmp_path / "base", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "no ΔW to look into" in out
+    assert "shared directions" not in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"inspect.json"}
+    kept = json.loads((tmp_path / "out/inspect.json").read_text())["parameters"][str(tmp_path / "a")]
+    assert [line["norm"] for line in kept] == [line.norm for line in parameters]
+
+
+def test_biases_alone_have_no_matrix():
+    model = perturbed(dl.adapt(tiny_llama(bias=True), dl.Train("bias")))
+    said(lambda: inside_adapted(model), "nothing in it is a change of a matrix", "no delta")
 
 
 def run(*args):
@@ -127,8 +147,8 @@ def test_the_verb(tmp_path, capsys):
     assert values["base"] == "organism"
     lines = values["changes"][str(tmp_path / "a0")]
     base = dl.load("organism")[0]
-    want, _ = inside_deltas(twin(base), apart(twin(base), tmp_path / "a0", "a0"))
-    assert [line["S"] for line in lines] == [line.S for line in want]
+    want = inside_deltas(twin(base), apart(twin(base), tmp_path / "a0", "a0"))
+    assert [line["S"] for line in lines] == [line.S for line in want.lines]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["inspect-1.png", "inspect-2.png"]
 
 

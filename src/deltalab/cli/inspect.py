@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltalab.measure.inside import Found, Inside
+    from deltalab.measure.inside import Found, Inside, OfParameter
 
 SHOWN: dict[str, tuple[str, str]] = {
     "relative": ("‖ΔW‖ / ‖W‖", ".2%"), "effective": ("effective rank", ".1f"), "utilisation": ("of the rank", ".0%"),
@@ -41,7 +41,8 @@ def command(
     bases: dict[str, nn.Module] = {}
     found = {str(place): _inside(named, bases, place, directions) for place in what}
     for place, inside in found.items():
-        print(f"{place}, on {named}\n{table(inside[0])}\n{_parts(inside)}")
+        tables = [*([table(inside.lines)] if inside.lines else []), *([parameters(inside.parameters)] if inside.parameters else [])]  # fmt: skip
+        print(f"{place}, on {named}\n" + "\n".join(tables) + f"\n{_parts(inside)}")
     common = _common(found)
     if common:
         print(f"shared directions, those of 90 % of each change (1: all; by chance in brackets)\n{common}\n")
@@ -61,15 +62,35 @@ def table(lines: Sequence["Inside"]) -> str:
         rows.append(
             [kind, str(len(some)), *(format(mean, SHOWN[key][1]) for key, mean in zip(keys, means, strict=True))]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = ["  " + "  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
     errors = [line.error / line.norm for line in lines if line.error and line.norm]
     note = (
         f"\n  of large changes without factors the first singular values alone; what they leave out is at most {max(errors):.0%} of a norm"
         if errors
         else ""
     )
-    return "\n".join(text) + note
+    return _columns(rows) + note
+
+
+def parameters(lines: Sequence["OfParameter"]) -> str:
+    """Of deltas without a change of the weight, a line a parameter, means over its layers."""
+    rows = [["parameter", "of", "shape", "norm", "mean", "deviation", "largest"]]
+    for kind, name in dict.fromkeys((line.module, line.name) for line in lines):
+        some = [line for line in lines if (line.module, line.name) == (kind, name)]
+        means = [
+            sum(getattr(line, key) for line in some) / len(some) for key in ("norm", "mean", "deviation", "largest")
+        ]
+        shapes = dict.fromkeys(" × ".join(map(str, line.shape)) for line in some)
+        rows.append([f"{kind}.{name}", str(len(some)), " or ".join(shapes), *(f"{mean:.3g}" for mean in means)])
+    return f"{_columns(rows)}\n  what these do depends on the input, so there is no ΔW to look into"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """The first one flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )  # fmt: skip
 
 
 def _base_of(place: Path) -> str | None:
@@ -109,7 +130,7 @@ def _parts(found: "Found") -> str:
     """What the experts of a mixture have in common, a line; nothing of other changes."""
     from deltalab.measure.inside import shared_by_parts
 
-    parts = len({line.part for line in found[0]} - {""})
+    parts = len({line.part for line in found.lines} - {""})
     if not parts:
         return ""
     text = f"  {parts} experts on each module, counted one by one, each as if its gate were 1"
@@ -125,8 +146,9 @@ def _common(found: "dict[str, Found]") -> str:
     names, lines = list(found), []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            both = list(shared(found[a][1], found[b][1]).values())
-            if both:
+            if not (found[a].spectra and found[b].spectra):
+                continue
+            if both := list(shared(found[a].spectra, found[b].spectra).values()):
                 means = [sum(pair[k] for pair in both) / len(both) for k in (0, 1)]
                 lines.append(f"  {means[0]:.3f} ({means[1]:.3f})  {a}  ·  {b}, {len(both)} weights")
             else:
@@ -146,11 +168,10 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "inspect.json"]
-    write_json(
-        written[0],
-        {"base": base, "changes": {place: [asdict(line) for line in lines] for place, (lines, _) in found.items()}},
-    )
-    for number, (place, (lines, _)) in enumerate(found.items(), 1):
+    changes = {place: [asdict(line) for line in inside.lines] for place, inside in found.items()}
+    others = {place: [asdict(line) for line in inside.parameters] for place, inside in found.items()}
+    write_json(written[0], {"base": base, "changes": changes, "parameters": others})
+    for number, (place, (lines, *_)) in enumerate(found.items(), 1):
         panels: list[Any] = []
         for name, title, value in (("relative", "‖ΔW‖ / ‖W‖, per cent", lambda x: x.relative), ("utilisation", "effective rank, per cent of the rank", lambda x: x.utilisation)):  # fmt: skip
             cells: dict[tuple[int, str], list[float]] = {}
@@ -162,7 +183,8 @@ def _write(out: Path, base: str, found: "dict[str, Found]") -> list[Path]:
                 panels.append(grid)
         panels += [panel for words, within in (("attention", True), ("elsewhere", False))
                    if (panel := _spectra([x for x in lines if in_attention(x.path) is within], words)) is not None]  # fmt: skip
-        written += save(Plot(f"inspect-{number}", place, "", panels, 1), out)
+        if panels:
+            written += save(Plot(f"inspect-{number}", place, "", panels, 1), out)
     return written
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +57,34 @@ class Inside:
     part: str = ""
 
 
-Found = tuple[list["Inside"], dict[str, Spectrum]]
-"""What is found of each weight that changed, and its spectrum by path; of a part by path, comma, part."""
+@dataclass(frozen=True)
+class OfParameter:
+    """Of one parameter of a delta that has no change of a weight, such as a prefix: its moments. module, layer: as of `Inside`."""
+
+    path: str
+    module: str
+    layer: int | None
+    name: str
+    shape: list[int]
+    norm: float
+    mean: float
+    deviation: float
+    largest: float
+
+
+class Found(NamedTuple):
+    """Of each weight that changed a line, and its spectrum by path (of a part: path, comma, part); parameters of other deltas."""
+
+    lines: list[Inside]
+    spectra: dict[str, Spectrum]
+    parameters: list[OfParameter]
 
 
 def inside_deltas(base: nn.Module, deltas: Mapping[str, Delta], *, directions: int = 0) -> Found:
     """Of the deltas of an adapter, by path. directions: leading ones to look for intruders among; 0: none.
 
-    Only changes of one matrix are looked at, of a mixture each expert's. Raises: UserError if there is none.
+    Changes of one matrix are looked at, of a mixture each expert's; of deltas that have none, as their effect depends on the
+    input in another way, the parameters. Raises: UserError if there is neither.
     """
     return _inside(base, deltas, {}, directions)
 
@@ -73,31 +94,32 @@ def inside_adapted(model: nn.Module, *, directions: int = 0, but: Collection[str
 
     but: names of parameters to pass over, such as those of a head that the base does not have. Raises: as `inside_deltas`.
     """
+    return _inside(model, attached(model), _own(model, but), directions)
+
+
+def _own(model: nn.Module, but: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weights of linears that train themselves, as they were and as they are, by path."""
     start = adaptation(model).start
     own = {path: linear for path, linear in linears(model).items() if f"{path}.weight" in start.keys() - set(but)}
-    pairs = {path: (start[f"{path}.weight"], weight_of(linear)) for path, linear in own.items()}
-    return _inside(model, attached(model), pairs, directions)
+    return {path: (start[f"{path}.weight"], weight_of(linear)) for path, linear in own.items()}
 
 
 def _inside(
     model: nn.Module, deltas: Mapping[str, Delta], pairs: Mapping[str, tuple[Tensor, Tensor]], directions: int
 ) -> Found:
     """pairs: a weight as it was and as it is, by path."""
-    lines = _Lines(model, [*deltas, *pairs], directions)
+    look = _Look(model, [*deltas, *pairs], directions)
     for path, delta in deltas.items():
-        where = place(model, path)
-        if where.kind not in ("linear", "embedding"):
-            continue
-        if isinstance(delta, WeightDelta):
-            lines.add_delta(path, where.W.detach(), delta)
-        for name, factors in delta.parts().items():
-            lines.add_part(path, name, where.W.detach(), factors)
+        if not isinstance(delta, WeightDelta) and not delta.parts():
+            look.add_parameters(path, delta)
+        elif (where := place(model, path)).kind in ("linear", "embedding"):
+            look.add_delta(path, where.W.detach(), delta)
     for path, (before, after) in pairs.items():
-        lines.add_pair(path, before.to(after.device), after)
-    if not lines.found:
+        look.add_pair(path, before.to(after.device), after)
+    if not (look.lines or look.parameters):
         kinds = sorted({type(delta).__name__ for delta in deltas.values()})
-        raise UserError("nothing in it is a change of a weight.", found=", ".join(kinds) or "no delta", next="adapters that depend on the input have no ΔW: compare their runs")  # fmt: skip
-    return lines.found, lines.spectra
+        raise UserError("nothing in it is a change of a matrix.", found=", ".join(kinds) or "no delta")
+    return look.found()
 
 
 def inside_pair(base: nn.Module, tuned: nn.Module, *, directions: int = 0, k: int | None = None) -> Found:
@@ -105,24 +127,41 @@ def inside_pair(base: nn.Module, tuned: nn.Module, *, directions: int = 0, k: in
     ours, theirs = linears(base), linears(tuned)
     if {p: m.weight.shape for p, m in ours.items()} != {p: m.weight.shape for p, m in theirs.items()}:  # type: ignore[union-attr]
         raise UserError(f"{model_name(tuned)} is no tuned form of {model_name(base)}: their linears differ.")
-    lines = _Lines(base, list(ours), directions)
+    look = _Look(base, list(ours), directions)
     for path, linear in ours.items():
-        lines.add_pair(path, weight_of(linear).detach(), weight_of(theirs[path]), k)
-    if not lines.found:
+        look.add_pair(path, weight_of(linear).detach(), weight_of(theirs[path]), k)
+    if not look.lines:
         raise UserError("the two models have the same linears, bit for bit.")
-    return lines.found, lines.spectra
+    return look.found()
 
 
-class _Lines:
+class _Look:
     """What is found, weight by weight. paths: of all that are looked at."""
 
     def __init__(self, model: nn.Module, paths: list[str], directions: int) -> None:
         self.layers, self.directions = layers_of(model, paths), directions
         self.kinds = kinds_of([*linears(model), *paths])  # of all, so that a module has one name in every change
-        self.found: list[Inside] = []
+        self.lines: list[Inside] = []
         self.spectra: dict[str, Spectrum] = {}
+        self.parameters: list[OfParameter] = []
 
-    def add_delta(self, path: str, W: Tensor, delta: WeightDelta) -> None:
+    def found(self) -> Found:
+        return Found(self.lines, self.spectra, self.parameters)
+
+    def add_parameters(self, path: str, delta: Delta) -> None:
+        for name, parameter in delta.named_parameters():
+            t = parameter.detach().double()
+            moments = float(t.norm()), float(t.mean()), float(t.std(correction=0)), float(t.abs().max())
+            self.parameters.append(
+                OfParameter(path, self.kinds[path], self.layers.get(path), name, list(t.shape), *moments)
+            )
+
+    def add_delta(self, path: str, W: Tensor, delta: Delta) -> None:
+        """A mixture's parts one by one."""
+        for name, part in delta.parts().items():
+            self.add_part(path, name, W, part)
+        if not isinstance(delta, WeightDelta):
+            return
         with torch.no_grad():
             factors = delta.factors()
             change = None if factors is not None and not self.directions else delta.change(W)
@@ -151,7 +190,7 @@ class _Lines:
         size = float(W.double().norm())
         effective = effective_rank(S)
         self.spectra[f"{path}, {part}" if part else path] = spectrum
-        self.found.append(Inside(
+        self.lines.append(Inside(
             path, self.kinds[path], self.layers.get(path), rank, norm, norm / size if size else float("inf"), S.tolist(),
             spectrum.error, effective, stable_rank(S), energy_rank(S), effective / max(rank, 1),
             intruders(W, change, self.directions)[0] if self.directions and change is not None else None, part,
@@ -160,7 +199,7 @@ class _Lines:
 
 def shared_by_parts(found: Found) -> tuple[float, float] | None:
     """As `shared`, the mean over the pairs of parts of one delta, such as a mixture's experts; None where there are none."""
-    lines, spectra = found
+    lines, spectra, _ = found
     names = dict.fromkeys(line.part for line in lines if line.part)
     of = [{line.path: spectra[f"{line.path}, {name}"] for line in lines if line.part == name} for name in names]
     pairs = [pair for a, b in itertools.combinations(of, 2) for pair in shared(a, b).values()]
