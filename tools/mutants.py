@@ -96,6 +96,24 @@ MUTANTS = [
         "all(a < b for a, b in zip(other, point, strict=True))", "tests/lab/test_compare.py",
     ),
     mutant(
+        "a search draws what is on its way", "lab/search.py", "if trial is not None and trial.id in taken:", "if False:",
+        "tests/lab/test_on_ray.py",
+    ),
+    mutant(
+        "no trial of a search is watched on Ray", "lab/on_ray.py", "return run_one(sweep, trial, watch=watch)", "return run_one(sweep, trial)",
+        "tests/lab/test_on_ray.py",
+    ),
+    mutant(
+        "a new head is looked into", "measure/inside.py", "in start.keys() - set(but)}", "in start.keys()}", "tests/models/test_head_for.py",
+    ),
+    mutant(
+        "an expert without its scale", "deltas/lora_experts.py", "self.B[..., e, :], self.s) for e", "self.B[..., e, :], 1.0) for e",
+        "tests/measure/test_inside.py",
+    ),
+    mutant(
+        "oneDNN keeps every kernel", "models/load.py", "    keep_few_kernels()\n", "", "tests/models/test_kernels_kept.py",
+    ),
+    mutant(
         "a score is searched for its least", "lab/search.py", "directions.MINIMIZE if self.sign > 0 else directions.MAXIMIZE", "directions.MINIMIZE",
         "tests/lab/test_search.py",
     ),

@@ -212,8 +212,9 @@ class LoRADelta(WeightDelta):
 
     def adapted(self, W: Float[Tensor, "*e out in"]) -> Float[Tensor, "*e out in"]:
         change = self.change(W)
+        # in place where that gives W's own layout: a product with the transposed one may round otherwise
         here = not torch.is_grad_enabled() and change.dtype == torch.promote_types(change.dtype, W.dtype)
-        return change.add_(W) if here else W + change
+        return change.add_(W) if here and change.stride() == W.stride() else W + change
 
     def factors(self) -> Factors:
         if self.A0 is None or self.B0 is None:

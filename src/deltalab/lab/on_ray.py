@@ -57,9 +57,8 @@ def search_on_ray(sweep: Sweep, asks: Resources, *, address: str | None = None, 
     with _cluster(address) as ray:
         tasks, found = _Tasks(ray, sweep, asks, say), studies(sweep)
         while True:
-            over = all(
-                study.ended() for study in found
-            )  # seen before: what ends while others are asked brings new trials
+            # seen before the claim: what ends while others are asked brings new trials
+            over = all(study.ended() for study in found)
             taken = {trial.id for trial in tasks.waiting.values()}
             free = len(taken) < _room(ray.cluster_resources(), asks)
             trial = next((trial for study in found if (trial := study.claim(taken))), None) if free else None
