@@ -122,7 +122,7 @@ def test_the_record_of_a_run_has_them(tmp_path):
     assert record["cost"]["merge"]["holds"]
     assert record["cost"]["step_seconds"] > 0
     assert record["cost"]["tokens_per_second"] > 0
-    assert record["cost"]["memory_peak"] >= record["cost"]["memory_before"] > 0
+    assert record["cost"]["memory_peak"] > record["cost"]["memory_before"] > 0
     assert record["sizes"]["kinds"][0][0] == "LoRA"
     model, tokenizer = dl.load(spec.model)
     known = spec.retain[0].train()

@@ -1,5 +1,6 @@
 """A run that was killed, interrupted or damaged goes on as if nothing had been."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -121,6 +122,19 @@ def test_a_finished_run_does_nothing_more(tmp_path, undisturbed):
     again = run(tmp_path)
     assert (before, again.steps, len(again.losses)) == (12, 12, 12)
     assert outcome(tmp_path) == undisturbed
+
+
+def test_memory_and_time_are_of_all_processes_that_a_run_had(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, probes=[Noise(), At(7, interrupt)])
+    file = tmp_path / "checkpoints/step-000007/state.json"
+    state = json.loads(file.read_text())
+    assert state["run"]["memory"] > 0
+    file.write_text(json.dumps(state | {"run": state["run"] | {"memory": 2**40, "seconds": 1e6}}))
+    run(tmp_path)
+    ended = Checkpoints(tmp_path, 2).last()
+    assert (ended.step, ended.state["run"]["memory"]) == (12, 2**40)
+    assert ended.state["run"]["seconds"] > 1e6
 
 
 def test_half_written_curve_lines_are_cut_off(tmp_path, undisturbed):

@@ -39,32 +39,30 @@ def available_memory() -> int:
 
 
 class Memory:
-    """Bytes that this process, or its GPU, has in use: before a block, and at most in it; 0 where the system does not tell."""
+    """Bytes that this process, or its GPU, has in use: `before`, when this is made, and at most since then; 0 where the system does
+    not tell. There is one such count in a process: a second one begins the first anew."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device, self.before, self.peak = device, 0, 0
-
-    def __enter__(self) -> "Memory":
-        if self.device.startswith("cuda"):
+        self.device = device
+        if device.startswith("cuda"):
             import torch
 
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-            return self
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+            return
         gc.collect()
-        give_back()  # or the block would take what lies free, and seem to need nothing
+        give_back()  # or what follows would take what lies free, and seem to need nothing
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the most so far begins anew
         self.before = _told("/proc/self/status", "VmRSS")
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def above(self) -> int:
+        """How far it went above `before`, up to now."""
         if self.device.startswith("cuda"):
             import torch
 
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.peak = max(_told("/proc/self/status", "VmHWM"), self.before)
+            return int(torch.cuda.max_memory_allocated(self.device)) - self.before
+        return max(_told("/proc/self/status", "VmHWM") - self.before, 0)
 
 
 def _told(file: str, name: str) -> int:

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from deltalab.core.errors import UserError
+from deltalab.core.machine import Memory
 from deltalab.data.chat import IGNORED, Encoded
 from deltalab.data.collate import epoch_order
 from deltalab.data.packing import Batch
@@ -112,6 +113,7 @@ class Loop:
             require_bfloat16(self.accelerator.device)
         rng.seed_all(self.spec.seed + self.accelerator.process_index)
         device = self.accelerator.device
+        self.memory = Memory(str(device))
         self.saving = offload(self.model, device) if self.spec.run.offload else contextlib.nullcontext()
         if self.spec.run.kernels is not None and is_adapted(self.model):
             set_kernels(self.model, self.spec.run.kernels)
@@ -167,6 +169,7 @@ class Loop:
             tokens = sum(self.lengths[i] for i in samples)
             self.state.tokens += tokens
             self.state.seconds += time.monotonic() - began
+            self.state.memory = max(self.state.memory, self.memory.above())
             done = self.state.step == self.steps or self.state.stopped
             stopping = self._any_process(stop.is_set())
             if done or stopping or self.state.step % self.checkpoint_every == 0:
@@ -311,13 +314,10 @@ class Loop:
             return
         self.curves.sync()
         moments = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer), self.names)
-        generators = {
-            f"{rank}.{name}": tensor for rank, (states, _) in enumerate(everyone) for name, tensor in states.items()
-        }
+        generators = {f"{rank}.{name}": t for rank, (states, _) in enumerate(everyone) for name, t in states.items()}
         state = {"run": vars(self.state), "rng": [values for _, values in everyone], "identity": self.identity}
-        self.checkpoints.save(
-            Checkpoint(self.state.step, {"trained": trained, "optimizer": moments, "rng": generators}, state)
-        )
+        kept = {"trained": trained, "optimizer": moments, "rng": generators}
+        self.checkpoints.save(Checkpoint(self.state.step, kept, state))
 
     def _resume(self) -> None:
         """Go on from the last whole checkpoint of this run, or start clean."""

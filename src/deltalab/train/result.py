@@ -39,11 +39,13 @@ class TrainResult:
 
 @dataclass
 class State:
-    """What changes from step to step, beside tensors."""
+    """What changes from step to step, beside tensors. memory: most bytes so far above those in use before training; it and the
+    seconds are of all processes that the run has had."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    memory: int = 0
     best: dict[str, float] | None = None
     since_best: int = 0
     stopped: bool = False

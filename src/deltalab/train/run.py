@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltalab.core.errors import UserError
 from deltalab.core.files import owned, remove, write_json
-from deltalab.core.machine import Memory
 from deltalab.core.records import read_record, write_record
 from deltalab.core.spec import digest
 from deltalab.data.chat import Conversation, Encoded, Encodings, encode_all, samples_digest
@@ -86,17 +85,17 @@ def run_spec(
         before, known = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         trackers.add(names.of_scores({tag: summary(m) for tag, m in before.items()}), 0)
         ended: list[Loop] = []
-        with Memory(str(device)) as memory:
-            result = fit(
-                model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append, watch, trackers
-            )
+        result = fit(
+            model, tokenizer, conversations, tests, spec, home, (), None, progress, ended.append, watch, trackers
+        )
+        (loop,) = ended
         after, kept = scores(parts, spec, model, tokenizer), retained(spec, model, tokenizer)
         if processes().is_main_process:
             save_adapter(model, home / "adapter")
             if after:
                 write_json(home / "examples.json", {"before": examples(before), "after": examples(after)})
             size = sum(file.stat().st_size for file in (home / "adapter").iterdir())
-            cost, proofs = _costs(spec, ended[0], home / "adapter")
+            cost, proofs = _costs(spec, loop, home / "adapter")
             unload(model)
             body = {
                 "seed": spec.seed, "seconds": round(time.monotonic() - began, 1), "base": base,
@@ -108,7 +107,7 @@ def run_spec(
                 "forgetting": {tag: {"before": loss, "after": kept[tag]} for tag, loss in known.items()},
                 "sizes": {"trained": trains.count, "base": trains.total, "adapter_bytes": size, "kinds": [list(row) for row in trains.rows]},
                 "cost": {"tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
-                         "memory_before": memory.before, "memory_peak": memory.peak, **cost},
+                         "memory_before": loop.memory.before, "memory_peak": loop.memory.before + loop.state.memory, **cost},
                 "proofs": {"base_untouched": model_digest(model) == base, **proofs},  # bitwise, the adapter taken off
                 "device": str(device), "threads": torch.get_num_threads(),
             }  # fmt: skip
