@@ -108,6 +108,7 @@ def killed_then_finished(preset: str, model: Path, folder: Path, moments: list[f
     return out
 
 
+@pytest.mark.slow
 def test_side_by_side_finds_what_one_after_the_other_does(tmp_path, model, undisturbed):
     spec = spec_file(tmp_path, "drift", model)
     ran("drift", spec, tmp_path / "out", "--jobs", "2")
