@@ -9,9 +9,8 @@ import torch
 
 import deltalab as dl
 from deltalab.cli import main
-from deltalab.deltas.apart import apart, twin
 from deltalab.deltas.weights import attached
-from deltalab.measure.inside import inside_adapted, inside_deltas, inside_pair, shared, shared_by_parts
+from deltalab.measure.inside import inside_adapted, inside_pair, shared, shared_by_parts
 from tests.data.test_tasks import said
 from tests.deltas.perturb import perturbed
 from tests.helpers import assert_close_by_norm, model_folder, tiny_llama
@@ -23,7 +22,7 @@ def test_every_method_with_a_change_of_the_weight(method):
     deltas = dict(attached(model))
     changes = {path: dl.delta_weight(model, path).double() for path in deltas}
     base = dl.unload(copy.deepcopy(model))
-    lines, spectra, _ = inside_deltas(base, deltas, directions=4)
+    lines, spectra, _ = inside_adapted(model, directions=4)
     assert [line.path for line in lines] == list(deltas)
     for line in lines:
         want = torch.linalg.svdvals(changes[line.path])
@@ -59,7 +58,7 @@ def test_what_two_changes_share():
     model = tiny_llama()
     first = perturbed(dl.adapt(copy.deepcopy(model), dl.LoRA(r=2)))
     second = perturbed(dl.adapt(copy.deepcopy(model), dl.LoRA(r=2)), seed=5)
-    found = [inside_deltas(model, dict(attached(one)))[1] for one in (first, second)]
+    found = [inside_adapted(one)[1] for one in (first, second)]
     same = shared(found[0], found[0])
     assert all(both == pytest.approx(1) for both, _ in same.values())
     other = shared(*found)
@@ -71,7 +70,7 @@ def test_what_two_changes_share():
 def test_each_expert_of_a_mixture(tmp_path, capsys):
     model = perturbed(dl.adapt(tiny_llama(), dl.LoRAExperts(experts=3, top_k=2, r=2, targets="q,v")))
     deltas = dict(attached(model))
-    found = inside_deltas(dl.unload(copy.deepcopy(model)), deltas, directions=3)
+    found = inside_adapted(model, directions=3)
     lines, spectra, _ = found
     assert [(line.path, line.part) for line in lines] == [(p, f"expert {e}") for p in deltas for e in range(3)]
     assert list(spectra) == [f"{line.path}, {line.part}" for line in lines]
@@ -87,9 +86,7 @@ def test_each_expert_of_a_mixture(tmp_path, capsys):
         shared({"": spectra[f"{path}, expert {i}"]}, {"": spectra[f"{path}, expert {j}"]})[""] for path, i, j in pairs
     ]
     assert shared_by_parts(found) == pytest.approx(tuple(sum(pair[k] for pair in both) / len(both) for k in (0, 1)))
-    assert (
-        shared_by_parts(inside_deltas(tiny_llama(), attached(perturbed(dl.adapt(tiny_llama(), dl.LoRA(r=2)))))) is None
-    )
+    assert shared_by_parts(inside_adapted(perturbed(dl.adapt(tiny_llama(), dl.LoRA(r=2))))) is None
     model_folder(dl.unload(copy.deepcopy(model)), tmp_path / "base")
     dl.save_adapter(model, tmp_path / "mixture")
     assert run(tmp_path / "mixture", "--base", tmp_path / "base", "--out", tmp_path / "out") == 0
@@ -101,7 +98,7 @@ def test_each_expert_of_a_mixture(tmp_path, capsys):
 def test_what_has_no_change_of_a_weight(tmp_path, capsys):
     model = perturbed(dl.adapt(tiny_llama(), [dl.Bottleneck(size=4, targets="mlp"), dl.ZeroInitPrefix(length=3)]))
     deltas = dict(attached(model))
-    lines, spectra, parameters = inside_deltas(dl.unload(copy.deepcopy(model)), deltas)
+    lines, spectra, parameters = inside_adapted(model)
     assert (lines, spectra) == ([], {})
     assert [(line.path, line.name) for line in parameters] == [
         (p, n) for p, d in deltas.items() for n, _ in d.named_parameters()
@@ -147,7 +144,7 @@ def test_the_verb(tmp_path, capsys):
     assert values["base"] == "organism"
     lines = values["changes"][str(tmp_path / "a0")]
     base = dl.load("organism")[0]
-    want = inside_deltas(twin(base), apart(twin(base), tmp_path / "a0", "a0"))
+    want = inside_adapted(dl.load_adapter(base, tmp_path / "a0"))
     assert [line["S"] for line in lines] == [line.S for line in want.lines]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["inspect-1.png", "inspect-2.png"]
 

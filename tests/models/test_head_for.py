@@ -54,6 +54,8 @@ def test_of_a_language_model_and_of_no_adapter(tmp_path):
     dl.save_adapter(dl.adapt(tiny_llama(), dl.LoRA(r=2)), tmp_path / "adapter")
     assert head_for(tmp_path / "adapter") == {}
     assert head_for(tmp_path) == head_for(tmp_path / "none") == {}
+    (tmp_path / "adapter/adapter_config.json").write_text("[]")
+    assert head_for(tmp_path / "adapter") == {}
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut")
     (tmp_path / "adapter/adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
     assert head_for(tmp_path / "adapter") == {"head": "SequenceClassification", "labels": None}  # loading it tells

@@ -11,8 +11,8 @@ KERNELS = 64
 def keep_few_kernels() -> None:
     """Keep oneDNN, which computes bfloat16 on a CPU, from holding a kernel for every shape that it ever met.
 
-    Its own bound is 1024, and a model of 15 M parameters trained on batches of 40 lengths ends with 400 MB of them; making
-    those anew that were dropped takes no time that can be measured. Does nothing in a process that has computed in bfloat16
+    Its own bound is 1024: hundreds of MB for a small model (docs/training.md). Making those anew that were dropped took no time
+    that could be measured. Does nothing in a process that has computed in bfloat16
     already, and leaves what the user has set.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and PyTorch's above it

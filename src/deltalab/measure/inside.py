@@ -80,42 +80,24 @@ class Found(NamedTuple):
     parameters: list[OfParameter]
 
 
-def inside_deltas(base: nn.Module, deltas: Mapping[str, Delta], *, directions: int = 0) -> Found:
-    """Of the deltas of an adapter, by path. directions: leading ones to look for intruders among; 0: none.
-
-    Changes of one matrix are looked at, of a mixture each expert's; of deltas that have none, as their effect depends on the
-    input in another way, the parameters. Raises: UserError if there is neither.
-    """
-    return _inside(base, deltas, {}, directions)
-
-
 def inside_adapted(model: nn.Module, *, directions: int = 0, but: Collection[str] = ()) -> Found:
     """Of the deltas on a model, and of the weights of linears that train beside them or, in full tuning, alone.
 
-    but: names of parameters to pass over, such as those of a head that the base does not have. Raises: as `inside_deltas`.
+    Changes of one matrix are looked at, of a mixture each expert's; of deltas that have none, as their effect depends on the
+    input in another way, the parameters. directions: leading ones to look for intruders among; 0: none. but: names of parameters
+    to pass over, such as those of a head that the base does not have. Raises: UserError if there is nothing of all this.
     """
-    return _inside(model, attached(model), _own(model, but), directions)
-
-
-def _own(model: nn.Module, but: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The weights of linears that train themselves, as they were and as they are, by path."""
-    start = adaptation(model).start
+    deltas, start = attached(model), adaptation(model).start
     own = {path: linear for path, linear in linears(model).items() if f"{path}.weight" in start.keys() - set(but)}
-    return {path: (start[f"{path}.weight"], weight_of(linear)) for path, linear in own.items()}
-
-
-def _inside(
-    model: nn.Module, deltas: Mapping[str, Delta], pairs: Mapping[str, tuple[Tensor, Tensor]], directions: int
-) -> Found:
-    """pairs: a weight as it was and as it is, by path."""
-    look = _Look(model, [*deltas, *pairs], directions)
+    look = _Look(model, [*deltas, *own], directions)
     for path, delta in deltas.items():
         if not isinstance(delta, WeightDelta) and not delta.parts():
             look.add_parameters(path, delta)
         elif (where := place(model, path)).kind in ("linear", "embedding"):
             look.add_delta(path, where.W.detach(), delta)
-    for path, (before, after) in pairs.items():
-        look.add_pair(path, before.to(after.device), after)
+    for path, linear in own.items():
+        after = weight_of(linear)
+        look.add_pair(path, start[f"{path}.weight"].to(after.device), after)
     if not (look.lines or look.parameters):
         kinds = sorted({type(delta).__name__ for delta in deltas.values()})
         raise UserError("nothing in it is a change of a matrix.", found=", ".join(kinds) or "no delta")

@@ -76,7 +76,8 @@ def head_for(adapter: str | Path) -> dict[str, Any]:
     config, weights = Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
     if not (config.is_file() and weights.is_file()):
         return {}
-    head = OF_TASK.get(read_json(config, "adapter config").get("task_type"))
+    said = read_json(config, "adapter config")
+    head = OF_TASK.get(str(said.get("task_type"))) if isinstance(said, dict) else None
     if head is None:
         return {}
     counts: list[int] = []
